@@ -47,7 +47,7 @@ problem() {             # curl's status, HTTP status, URL
         22,*) say "weights.sh: $3 was refused with HTTP $2: try again later or set a mirror, see --help" ;;
         23,*) say "weights.sh: the disk is full or weights/ cannot be written to: make room and run it again, it resumes" ;;
         5,* | 6,* | 7,*) say "weights.sh: no connection to ${host%%/*}: check the network or set a mirror, see --help" ;;
-        35,* | 51,* | 58,* | 60,* | 77,*) say "weights.sh: no secure connection to ${host%%/*} (curl error $1): check certificates and clock" ;;
+        35,* | 51,* | 58,* | 60,* | 77,*) say "weights.sh: no secure connection to ${host%%/*} (curl error $1): check the clock" ;;
         *) say "weights.sh: the connection to ${host%%/*} broke off again and again (curl error $1): run it again, it resumes" ;;
     esac
 }
@@ -76,8 +76,8 @@ declared_sha256() {     # URL
       sed -n -e '/^$/q' -e 's/^etag: *\([0-9a-f]\{64\}\)$/\1/p' <<<"$headers"; } | head -n 1
 }
 
-# Download a URL to FILE.part from where it stands. A broken connection is taken up again as long as each attempt gets further than
-# all before it; five that do not end it.
+# Download a URL to FILE.part from where it stands. A broken connection is taken up again as long as each attempt gets further
+# than all before it; five that do not end it.
 download() {            # URL, part
     local url=$1 part=$2 status http best left=5 progress=-s
     if [[ -t 2 ]]; then progress=--progress-bar; fi
@@ -119,7 +119,7 @@ get() {                 # name, URL, SHA-256 or its first digits; without them t
     fi
     if [[ -z $expected ]]; then
         expected=$(declared_sha256 "$url") || exit 1
-        [[ -n $expected ]] || die "$url comes without a SHA-256 to check it by: use another HF_ENDPOINT or put the file at $file yourself"
+        [[ -n $expected ]] || die "$url comes without a SHA-256: use another HF_ENDPOINT or put the file at $file yourself"
     fi
     mkdir -p weights 2>/dev/null || die "cannot create the folder weights/ here"
     say "$file from $url"

@@ -1,4 +1,4 @@
-"""weights.sh against a local server that redirects, breaks connections, refuses, and sends wrong bytes. Oracle: hashlib, and the bytes served."""
+"""weights.sh against a local server that redirects, breaks connections, refuses and sends wrong bytes. Oracle: the bytes served."""
 import hashlib
 import os
 import re
@@ -307,8 +307,8 @@ def test_a_wrong_option_is_named(run, server, args, word):
 
 def test_an_interrupt_leaves_the_partial_file_for_the_next_run(run, server, file, tmp_path):
     server.slow = True
-    process = subprocess.Popen([tmp_path / "weights.sh", "--only", "dinov3"], env=environment(server), stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+    process = subprocess.Popen([tmp_path / "weights.sh", "--only", "dinov3"], env=environment(server),
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
     unfinished = file.with_name(file.name + ".part")
     while not unfinished.exists() or not unfinished.stat().st_size:
         assert process.poll() is None
