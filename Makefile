@@ -8,9 +8,6 @@ PYTEST ?=
 PIP := .venv/bin/python -m pip --disable-pip-version-check install
 SOURCES := setup.py $(wildcard csrc/*)
 
-# torch's extension builder looks for ninja on the PATH
-export PATH := $(CURDIR)/.venv/bin:$(PATH)
-
 .PHONY: setup demo test
 .NOTPARALLEL:
 
@@ -22,12 +19,13 @@ demo: .venv/setup.stamp
 test: .venv/test.stamp
 	.venv/bin/python -m pytest $(PYTEST)
 
-# torch comes first and the package is built against it: an isolated build would fetch a second torch of another version.
+# torch comes first and the package is built against it: an isolated build would fetch a second torch of another version. Older
+# versions of pip isolate an editable build even when told not to.
 .venv/torch.stamp:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 10) <= v < (3, 14) and \
 	    "$(PYTHON) is Python %d.%d; S-AE needs 3.10 to 3.13: make PYTHON=python3.12 ..." % v[:2])'
 	$(PYTHON) -m venv .venv
-	$(PIP) 'setuptools>=77' wheel ninja 'torch>=2.11'
+	$(PIP) 'pip>=25.3' 'setuptools>=77' ninja 'torch>=2.11'
 	@touch $@
 
 .venv/setup.stamp: .venv/torch.stamp $(SOURCES)
