@@ -553,6 +553,10 @@ class SAE(nn.Module):
         self.encoder = encoder or DINOv3(cfg.encoder)
         self.down = downsample(cfg)
         self.to_latent = nn.Conv2d(cfg.encoder.width, 2 * cfg.z_dim, 1)
+        # Reading: the paper names no initialisation. At PyTorch's, logvar is about 0 and the noise as strong as mu;
+        # from a standard deviation of exp(-3) the decoder sees the image from the first step on.
+        nn.init.zeros_(self.to_latent.weight[cfg.z_dim:])
+        nn.init.constant_(self.to_latent.bias[cfg.z_dim:], -6.0)
         self.decoder = decoder(cfg)
         self.register_buffer("latent_mean", torch.zeros(cfg.z_dim))
         self.register_buffer("latent_std", torch.ones(cfg.z_dim))
