@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from sae import SAFETENSORS_DTYPES, load_safetensors, release, save_safetensors
 
-FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
