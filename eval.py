@@ -15,8 +15,10 @@ rest of the protocol stands beside the code that follows it and in the JSON.
 """
 import argparse
 import hashlib
+import importlib.util
 import itertools
 import json
+import math
 import os
 import pickle
 import platform
@@ -115,138 +117,88 @@ def barrier():
 
 # ------------------------------------------------------------------ autoencoders
 
-class Peer:
-    """An object with encode(x) -> z [B,C,...] and decode(z) -> xhat, behind the three methods that the metrics use."""
-    protocol = "latent = encode(x)"
+class Autoencoder:
+    """Any model behind the few methods that the metrics use; `encode` may give a Posterior or z itself.
 
-    def __init__(self, model, name, device, sample=False):
-        if sample:
-            raise ValueError(f"--sample draws z from a posterior, and {name} has none: leave --sample out")
-        self.model, self.name, self.device = model, name, device
-        self.digest = None                      # of a model that is no torch module nothing is known: its features are never reused
+    name: for messages; digest: SHA-256 of the weights, None for an object that is no torch module; sample: draw z.
+    """
+
+    def __init__(self, name, model, encode, decode, device, sample=False):
+        self.name, self.model, self.encode, self.decode, self.device, self.sample = name, model, encode, decode, device, sample
+        self.digest = None
         if isinstance(model, nn.Module):
             model.to(device).eval().requires_grad_(False)
-            h = hashlib.sha256()
+            digest = hashlib.sha256()
             for key, t in model.state_dict().items():
                 if t.is_floating_point() and not t.isfinite().all():
                     raise ValueError(f"{name} holds NaN or Inf in {key}: the run that wrote it has diverged, take an earlier checkpoint")
-                h.update(key.encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            self.digest = h.hexdigest()
+                digest.update(key.encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            self.digest = digest.hexdigest()
 
     def latent(self, x, first=0):
-        """x [B,3,H,W] in [-1,1], the images first .. first+B-1 -> z [B,C,...], KL to N(0,I) in nats [B] or None."""
-        z = self.model.encode(x)
-        if not torch.is_tensor(z) or z.dim() < 3 or len(z) != len(x):
-            raise ValueError(f"encode of {self.name} must return a tensor [B,C,...] for {len(x)} images, not {getattr(z, 'shape', type(z))}")
-        return z, None
-
-    def decode(self, z):
-        """z -> xhat [B,3,H,W], about [-1,1]."""
-        return self.model.decode(z)
-
-    def features(self, x):
-        """What the probe sees [B,D]: the parts that `kinds` names, side by side."""
-        return self.latent(x)[0].flatten(2).mean(2)                                      # [B,C]
-
-    def kinds(self, size):
-        """Name -> columns of `features`; `mu` is the latent averaged over the positions."""
-        return {"mu": slice(0, self.latent(torch.zeros(1, 3, size, size, device=self.device))[0].shape[1])}
-
-
-class Gaussian(Peer):
-    """An autoencoder whose encoder gives a Posterior: z is its mean, or a draw."""
-
-    def __init__(self, model, name, device, sample=False):
-        super().__init__(model, name, device)
-        self.sample, self.protocol = sample, "latent = " + ("a draw from the posterior" if sample else "posterior mean")
-
-    def latent(self, x, first=0):
-        q = self.posterior(x)
-        # The noise of an image depends on its place in the set alone, so neither batch size nor ranks change a number.
-        z = q.sample(seed=0, offset=first * q.mu[0].numel()) if self.sample else q.mode()
-        return z, q.kl()
-
-
-class Semantic(Gaussian):
-    """A checkpoint of train.py."""
-
-    def __init__(self, path, device, sample=False):
-        super().__init__(SAE.from_pretrained(path), str(path), device, sample)
-        self.protocol = "EMA weights, " + self.protocol
-
-    def posterior(self, x):
-        return self.model.encode(x)
+        """x [B,3,H,W] in [-1,1], the images first .. first+B-1 of a set -> z [B,C,...], KL to N(0,I) in nats [B] or None."""
+        q = self.encode(x)
+        if isinstance(q, Posterior):
+            # The noise of an image depends on its place in the set alone, so neither batch size nor ranks change a number.
+            return (q.sample(seed=0, offset=first * q.mu[0].numel()) if self.sample else q.mode()), q.kl()
+        if self.sample:
+            raise ValueError(f"--sample draws z from a posterior, and {self.name} has none: leave --sample out")
+        if not torch.is_tensor(q) or q.dim() < 3 or len(q) != len(x):
+            raise ValueError(f"encode of {self.name} must give a tensor [B,C,...], and for {len(x)} images it gave {getattr(q, 'shape', type(q))}")
+        return q, None
 
     def features(self, x):
+        """What the probe sees, [B,D], and {kind: its columns}. `mu` is the latent averaged over the positions."""
+        if not isinstance(self.model, SAE):
+            mu = self.latent(x)[0].flatten(2).mean(2)                                    # [B,C]
+            return mu, {"mu": slice(0, mu.shape[1])}
         cls, _, patches = self.model.encoder(x)
-        q = self.model.posterior(patches, x.shape[2] // self.model.encoder.patch, x.shape[3] // self.model.encoder.patch)
-        return torch.cat([cls, patches.mean(1), q.mu.mean((2, 3))], 1)                   # [B,2 D + z_dim]
-
-    def kinds(self, size):
-        D, z = self.model.config.encoder.width, self.model.config.z_dim
-        # The teacher's MSE holds the patch tokens alone and CLS may drift, so the patch tokens stand by themselves too.
-        return {"cls+patch": slice(0, 2 * D), "patch": slice(D, 2 * D), "mu": slice(2 * D, 2 * D + z)}
-
-
-class KL(Gaussian):
-    """diffusers' AutoencoderKL (SD-VAE and its like)."""
-
-    def posterior(self, x):
-        q = self.model.encode(x).latent_dist
-        return Posterior(q.mean, q.logvar)
-
-    def decode(self, z):
-        return self.model.decode(z).sample
-
-
-class DC(Peer):
-    """diffusers' AutoencoderDC (DC-AE)."""
-
-    def latent(self, x, first=0):
-        return self.model.encode(x).latent, None
-
-    def decode(self, z):
-        return self.model.decode(z).sample
-
-
-class RAE(DC):
-    """diffusers' AutoencoderRAE (R-AE): its images are in [0,1]."""
-
-    def latent(self, x, first=0):
-        return super().latent((x + 1) / 2)
-
-    def decode(self, z):
-        return super().decode(z) * 2 - 1
+        D, (h, w) = cls.shape[1], (side // self.model.encoder.patch for side in x.shape[2:])
+        mu = self.model.posterior(patches, h, w).mu.mean((2, 3))                         # [B,z_dim]
+        # The teacher's MSE holds the patch tokens alone and CLS may drift: the patch tokens also stand by themselves.
+        kinds = {"cls+patch": slice(0, 2 * D), "patch": slice(D, 2 * D), "mu": slice(2 * D, 2 * D + mu.shape[1])}
+        return torch.cat([cls, patches.mean(1), mu], 1), kinds
 
 
 def load_model(spec, device, sample=False):
     """The autoencoder that `spec` names; see the top of this file. Raises ValueError, one sentence."""
     file, _, factory = spec.rpartition(":")
-    if file.endswith(".py"):
-        if not Path(file).is_file():
-            raise ValueError(f"there is no file {file} to take {factory} from")
-        sys.path.insert(0, str(Path(file).parent))           # so that it finds its own neighbours
-        make = runpy.run_path(file).get(factory)
-        if make is None:
-            raise ValueError(f"{file} defines no {factory}")
-        model = make()
-        if not (callable(getattr(model, "encode", None)) and callable(getattr(model, "decode", None))):
-            raise ValueError(f"{factory}() of {file} must return an object with encode(x) -> z and decode(z) -> xhat, not a {type(model).__name__}")
-        return Peer(model, spec, device, sample)
     if spec.startswith("diffusers:"):
-        try:
-            import diffusers
-        except ImportError:
-            raise ValueError(f"{spec} needs diffusers: pip install diffusers transformers, or this project's extra `peers`") from None
-        try:
-            model = diffusers.AutoModel.from_pretrained(spec.removeprefix("diffusers:"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"diffusers cannot load {spec}: {' '.join(str(error).split())}") from error
-        wrapper = {"AutoencoderKL": KL, "AutoencoderDC": DC, "AutoencoderRAE": RAE}.get(type(model).__name__)
-        if wrapper is None:
-            raise ValueError(f"{spec} is a {type(model).__name__}: AutoencoderKL, AutoencoderDC and AutoencoderRAE are scored, others by FILE.py:FACTORY")
-        return wrapper(model, spec, device, sample)
-    return Semantic(spec, device, sample)
+        return load_diffusers(spec, device, sample)
+    if not file.endswith(".py"):
+        sae = SAE.from_pretrained(spec)
+        return Autoencoder(spec, sae, sae.encode, sae.decode, device, sample)
+    if not Path(file).is_file():
+        raise ValueError(f"there is no file {file} to take {factory} from")
+    sys.path.insert(0, str(Path(file).parent))                                           # so that it finds its own neighbours
+    names = runpy.run_path(file)
+    model = names[factory]() if factory in names else None
+    if not (callable(getattr(model, "encode", None)) and callable(getattr(model, "decode", None))):
+        raise ValueError(f"{file} needs a function {factory}() that gives an object with encode(x) -> z and decode(z) -> xhat")
+    return Autoencoder(spec, model, model.encode, model.decode, device, sample)
+
+
+def load_diffusers(spec, device, sample):
+    """SD-VAE and its like (AutoencoderKL), DC-AE (AutoencoderDC) or R-AE (AutoencoderRAE), by a hub name or from a folder."""
+    try:
+        import diffusers
+        model = diffusers.AutoModel.from_pretrained(spec.removeprefix("diffusers:"))
+    except ImportError as error:
+        raise ValueError(f"{spec} needs diffusers and transformers, this project's extra `peers`: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"diffusers cannot load {spec}: {' '.join(str(error).split())}") from error
+
+    def kl_encode(x):
+        q = model.encode(x).latent_dist
+        return Posterior(q.mean, q.logvar)
+
+    ways = {"AutoencoderKL": (kl_encode, lambda z: model.decode(z).sample),
+            "AutoencoderDC": (lambda x: model.encode(x).latent, lambda z: model.decode(z).sample),
+            # R-AE's images are in [0,1]
+            "AutoencoderRAE": (lambda x: model.encode((x + 1) / 2).latent, lambda z: model.decode(z).sample * 2 - 1)}
+    if type(model).__name__ not in ways:
+        raise ValueError(f"{spec} is a {type(model).__name__}: {', '.join(ways)} are scored by name, others by FILE.py:FACTORY")
+    return Autoencoder(spec, model, *ways[type(model).__name__], device, sample)
 
 
 # ------------------------------------------------------------------ PSNR, SSIM
@@ -302,16 +254,7 @@ class TFPool:
         return [*branches, self.tf_pool(self.pool(x))]
 
 
-class PoolA(TFPool, InceptionA):
-    pass
-
-
-class PoolC(TFPool, InceptionC):
-    pass
-
-
-class PoolE(TFPool, InceptionE):
-    pass
+PoolA, PoolC, PoolE = (type(f"Pool{block.__name__[-1]}", (TFPool, block), {}) for block in (InceptionA, InceptionC, InceptionE))
 
 
 class FIDInception(nn.Module):
@@ -403,7 +346,7 @@ def load_weights(path):
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a weights file, or a damaged one: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is not a weights file of torch, or a damaged one") from error
     if not isinstance(tensors, dict):
         raise ValueError(f"{path} holds a {type(tensors).__name__}, not a dict of tensors")
     return tensors
@@ -416,6 +359,19 @@ RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2,
 PROBE_BATCH = 1024
 SAVE_EVERY = 500                                # iterations of the full probe
 HOLD = 10                                       # every tenth training image chooses the learning rate, and is not trained on
+
+
+@torch.no_grad()
+def feature_kinds(model, size):
+    """(D, {kind: columns}) of the model's features, seen on a grey image."""
+    features, kinds = model.features(torch.zeros(1, 3, size, size, device=model.device))
+    return features.shape[1], kinds
+
+
+def channels(model, size):
+    """C of the latent [B,C,...]."""
+    mu = feature_kinds(model, size)[1]["mu"]
+    return mu.stop - mu.start
 
 
 class Heads(nn.Module):
@@ -469,7 +425,7 @@ def train_heads(heads, stream, batch, iterations, state=None):
         optimizer.step()
         schedule.step()
         if state and i % SAVE_EVERY == 0 and i < iterations and rank() == 0:
-            save_atomic({"iteration": i} | {name: part.state_dict() for name, part in parts.items()}, state)
+            write(state, lambda part: torch.save({"iteration": i} | {name: p.state_dict() for name, p in parts.items()}, part))
 
 
 @torch.no_grad()
@@ -549,8 +505,7 @@ def probe(model, train, test, args, folder):
         raise ValueError(f"the probe needs the same two or more class folders to train and to test on, not {len(train.classes)} and "
                          f"{len(test.classes)}: pass --train DIR or --split parity, or --skip probe")
     device, classes = model.device, len(train.classes)
-    kinds = model.kinds(args.size)
-    width = max(s.stop for s in kinds.values())
+    width, kinds = feature_kinds(model, args.size)
     n, centre, tests = len(train), Crops(train, args.size), Crops(test, args.size)
     held, kept = np.arange(n)[HOLD - 1::HOLD], np.delete(np.arange(n), np.s_[HOLD - 1::HOLD])
     if args.probe != "knn" and not len(held):
@@ -559,7 +514,7 @@ def probe(model, train, test, args, folder):
     @torch.no_grad()
     def embed(x):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return model.features(to_float(x.to(device))).float()
+            return model.features(to_float(x.to(device)))[0].float()
 
     batch = min(PROBE_BATCH, len(kept))
     if args.probe == "full":
@@ -635,8 +590,7 @@ def score(model, folder, lpips, inception, args):
     device, data, clock = model.device, Crops(folder, args.size), Clock(args.profile)
     sums = torch.zeros(6, dtype=torch.float64, device=device)                            # images, PSNR, SSIM, LPIPS, KL, not finite
     real, fake = (Moments(args.fid_dims, device) for _ in range(2)) if inception else (None, None)
-    mu = model.kinds(args.size)["mu"]
-    channels = torch.zeros(2, mu.stop - mu.start, dtype=torch.float64, device=device)    # sum z, sum z^2, an image counts as one
+    moments = torch.zeros(2, channels(model, args.size), dtype=torch.float64, device=device)             # of z; an image counts as one
     mine = shares(len(data), args.batch)
     for (images, _), share in zip(batches(data, mine, sum(map(len, mine)), args, "scores"), mine):
         x = to_float(images.to(device, non_blocking=True))                               # [B,3,S,S]
@@ -652,7 +606,7 @@ def score(model, folder, lpips, inception, args):
             rows = [torch.ones_like(bad), psnr(x8, y8), ssim(x8, y8), lpips(x, to_float(y8)) if lpips else bad, bad if kl is None else kl, bad]
             sums += torch.stack([r.double().sum() for r in rows])
             flat = z.transpose(0, 1).flatten(1).double()                                 # [C,B h w]
-            channels += torch.stack([flat.mean(1), flat.square().mean(1)]) * len(x)
+            moments += torch.stack([flat.mean(1), flat.square().mean(1)]) * len(x)
         if inception:
             with clock("inception"):
                 real.update(inception(x8))
@@ -660,7 +614,7 @@ def score(model, folder, lpips, inception, args):
     if args.profile and rank() == 0:
         clock.report(sum(map(len, mine)))
     n, *sums = all_reduce(sums).tolist()
-    mean, square = all_reduce(channels) / n
+    mean, square = all_reduce(moments) / n
     if sums[-1]:
         raise ValueError(f"{model.name} made NaN or Inf of {sums[-1]:.0f} of {n:.0f} images: its numbers mean nothing")
     gaussians = real.mean_cov() + fake.mean_cov() if inception else ()
@@ -690,20 +644,226 @@ def write_grid(model, folder, size, path):
     save_png(to_uint8(rows).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1), path)    # [3 S,8 S,3]
 
 
+def write(path, save):
+    """save(temporary path), then rename: a file appears whole or not at all."""
+    part = path.with_name(path.name + ".tmp")
+    save(part)
+    os.replace(part, path)
+
+
+def slug(text):
+    """`text` as the name of a file."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.")
+
+
 def save_png(image, path):
-    """uint8 [H,W,3] -> a PNG file, whole or not at all."""
-    Image.fromarray(image.cpu().numpy()).save(path.with_suffix(".tmp"), format="png")
-    os.replace(path.with_suffix(".tmp"), path)
+    """uint8 [H,W,3] -> PNG."""
+    write(path, lambda part: Image.fromarray(image.cpu().numpy()).save(part, format="png"))
 
 
-def save_atomic(value, path):
-    torch.save(value, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+# ------------------------------------------------------------------ one image, one small DiT
+
+class DiTBlock(nn.Module):
+    """AdaLN-zero (Peebles and Xie 2023): x [B,N,d], condition c [B,d] -> [B,N,d]."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(d, elementwise_affine=False), nn.LayerNorm(d, elementwise_affine=False)
+        self.qkv, self.proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+        self.modulation = nn.Linear(d, 6 * d)
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, 2)          # 6 x [B,1,d]
+        qkv = self.qkv(self.norm1(x) * (1 + scale1) + shift1)                            # [B,N,3 d]
+        q, k, v = qkv.unflatten(2, (3, -1, 64 if x.shape[2] % 64 == 0 else x.shape[2])).permute(2, 0, 3, 1, 4)     # 3 x [B,heads,N,d/heads]
+        x = x + gate1 * self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))   # [B,N,d]
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
-def save_json(value, path):
-    path.with_suffix(".tmp").write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
+class DiT(nn.Module):
+    """A DiT of patch 1 without classes: z_t [B,N,n], t [B] in [0,1] -> [B,N,n]. Its output has rank d, whatever n is."""
+
+    def __init__(self, N, n, d, depth):
+        super().__init__()
+        self.embed, self.position = nn.Linear(n, d), nn.Parameter(0.02 * torch.randn(1, N, d))
+        self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU())
+        self.blocks = nn.ModuleList(DiTBlock(d) for _ in range(depth))
+        self.norm, self.modulation, self.out = nn.LayerNorm(d, elementwise_affine=False), nn.Linear(d, 2 * d), nn.Linear(d, n)
+        for linear in [*(block.modulation for block in self.blocks), self.modulation, self.out]:        # zero: every block starts as identity
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, z, t):
+        angle = 1000 * t[:, None] * torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)          # [B,128]
+        c = self.time(torch.cat([angle.cos(), angle.sin()], 1))                          # [B,d]
+        x = self.embed(z) + self.position                                                # [B,N,d]
+        for block in self.blocks:
+            x = block(x, c)
+        shift, scale = self.modulation(c)[:, None].chunk(2, 2)
+        return self.out(self.norm(x) * (1 + scale) + shift)                              # [B,N,n]
+
+
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)               # where losses are compared; t 0 is the image, t 1 noise
+
+
+def velocity(dit, z_t, t, target):
+    """The velocity that the DiT predicts at z_t [B,N,n], t [B], itself or by way of the image (`x`: v = (z_t - x) / t)."""
+    out = dit(z_t, t)
+    return out if target == "v" else (z_t - out) / t.clamp(min=0.05)[:, None, None]      # 0.05: JiT's bound
+
+
+def overfit(model, path, args, folder):
+    """Train a DiT on the latent of one image and watch the latent loss and the decoded image: the records of metrics.jsonl.
+
+    Flow matching: z_t = (1 - t) z + t eps, loss = mean (vhat - v)^2 with v = eps - z, for both --target v and x. With
+    --target v and width d < n the loss cannot go below (n - d) / n (RAE, Theorem 1); with x it can. t is uniform, then shifted
+    for the dimension m = N n: t' = a t / (1 + (a - 1) t), a = sqrt(m / 4096). z has mean 0 and variance 1 over the image.
+    """
+    device, folder = model.device, folder / slug(f"{model.name}-{path}")
+    folder.mkdir(parents=True, exist_ok=True)
+    x = to_float(torch.from_numpy(np.array(center_crop(load_image(path), args.size)))[None].to(device))                # [1,3,S,S]
+    with torch.no_grad():
+        z = model.latent(x)[0]                                                           # [1,n,h,w]
+        clean, shape, mean, std = model.decode(z), z.shape[1:], z.mean(), z.std()
+    z = ((z - mean) / std).flatten(2).transpose(1, 2)                                    # [1,N,n]
+    _, N, n = z.shape
+    shift = math.sqrt(N * n / 4096)
+    torch.manual_seed(0)
+    dit = DiT(N, n, args.dit_width, args.dit_depth).to(device)
+    optimizer = torch.optim.AdamW(dit.parameters(), lr=args.dit_lr, weight_decay=0)
+    fixed = torch.randn(len(TIMES), N, n, generator=torch.Generator().manual_seed(1)).to(device)
+    at = torch.tensor(TIMES, device=device)
+    records, running = [], []
+
+    def decode(tokens):
+        return model.decode((tokens * std + mean).transpose(1, 2).unflatten(2, shape[1:]))               # [B,N,n] -> [B,3,S,S]
+
+    @torch.no_grad()
+    def report(step):
+        a = at[:, None, None]
+        z_t = (1 - a) * z + a * fixed
+        v = velocity(dit, z_t, at, args.target)
+        images = torch.cat([decode(token[None]) for token in z_t - a * v])               # [5,3,S,S]
+        sample, grid = fixed[:1], torch.linspace(1, 0, 26, device=device)
+        for t, s in zip(grid[:-1], grid[1:]):                                            # Euler, 25 steps
+            sample = sample + (s - t) * velocity(dit, sample, t[None], args.target)
+        sample = decode(sample)
+        losses = (v - (fixed - z)).square().flatten(1).mean(1)
+        records.append({"step": step, "train_loss": np.mean(running).item() if running else None, "latent_loss": losses.mean().item(),
+                        "latent_loss_at": dict(zip(map(str, TIMES), losses.tolist())), "rgb_l1": (images - x).abs().mean().item(),
+                        "rgb_psnr": psnr(to_uint8(x).expand(len(images), -1, -1, -1), to_uint8(images)).mean().item(),
+                        "sample_psnr": psnr(to_uint8(x), to_uint8(sample)).item()})
+        with open(folder / "metrics.jsonl", "a" if step else "w") as file:
+            file.write(json.dumps(records[-1]) + "\n")
+        # the image, its reconstruction, what the DiT makes of it from each time, and of pure noise
+        save_png(to_uint8(torch.cat([x, clean, *images[:, None], sample])).permute(2, 0, 3, 1).flatten(1, 2), folder / f"{step:06}.png")
+        running.clear()
+
+    report(0)
+    for step in tqdm(range(1, args.dit_steps + 1), desc=model.name[-30:], unit="step"):
+        t = torch.rand(args.dit_batch, device=device)
+        t = shift * t / (1 + (shift - 1) * t)
+        a, eps = t[:, None, None], torch.randn(args.dit_batch, N, n, device=device)
+        z_t = (1 - a) * z + a * eps
+        # (z_t - z) / t is eps - z, and under the bound on t what --target x can reach
+        v = eps - z if args.target == "v" else (z_t - z) / a.clamp(min=0.05)
+        loss = F.mse_loss(velocity(dit, z_t, t, args.target), v)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        running.append(loss.item())
+        if step % max(1, args.dit_steps // 20) == 0 or step == args.dit_steps:
+            report(step)
+    floor = max(0.0, (n - args.dit_width) / n) if args.target == "v" else 0.0
+    return {"model": model.name, "image": str(path), "n": n, "tokens": N, "width": args.dit_width, "target": args.target, "floor": floor,
+            "reconstruction_psnr": psnr(to_uint8(x), to_uint8(clean)).item(), "records": records}
+
+
+def compare_overfits(runs, folder, curve):
+    """A table of the last losses, the two rankings, overfit.json and, when `curve`, curve.png."""
+    last = [r | r["records"][-1] for r in runs]
+    print(f"{'model':40} {'n':>6} {'floor':>7} {'latent loss':>12} {'RGB L1':>8} {'RGB PSNR':>9} {'sample PSNR':>12} {'AE PSNR':>8}")
+    for r in last:
+        print(f"{r['model'][-40:]:40} {r['n']:6} {r['floor']:7.4f} {r['latent_loss']:12.4f} {r['rgb_l1']:8.4f} {r['rgb_psnr']:9.2f} "
+              f"{r['sample_psnr']:12.2f} {r['reconstruction_psnr']:8.2f}")
+    ranking = {key: [f"{r['model']} {r['image']}" for r in sorted(last, key=lambda r: r[key])] for key in ("latent_loss", "rgb_l1")}
+    for key, order in ranking.items():
+        print(f"  best to worst by {key}: {', '.join(order)}")
+    write(folder / "overfit.json", lambda part: part.write_text(json.dumps({"runs": runs, "ranking": ranking}, indent=1) + "\n"))
+    if curve:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+        for axis, key in zip(axes, ranking):
+            for r in runs:
+                axis.semilogy([p["step"] for p in r["records"]], [p[key] for p in r["records"]], label=f"{r['model'][-30:]} {Path(r['image']).stem}")
+            axis.set(xlabel="step", ylabel=key)
+        axes[0].legend()
+        figure.tight_layout()
+        write(folder / "curve.png", lambda part: figure.savefig(part, format="png"))
+        plt.close(figure)
+
+
+# ------------------------------------------------------------------ latents on disk
+
+def metadata(path):
+    """The __metadata__ of a safetensors file that load_safetensors has accepted."""
+    with open(path, "rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__", {})
+
+
+@torch.no_grad()
+def encode_folder(model, args):
+    """Latents of all images of --encode: OUT with `mean` and `std` [C], and shards OUT-00000.safetensors.. with z [n,C,h,w] fp16,
+    `labels` [n] and, in the metadata, the files' names. A shard that is there and was made by the same weights, images and crop is
+    not made again. Under torchrun each rank makes its own shards."""
+    folder = ImageFolder(args.encode)
+    names = [str(Path(f).relative_to(args.encode)) for f in folder.files]
+    key = hashlib.sha256(repr((model.digest, args.size, args.sample, names)).encode()).hexdigest()
+    shards = [range(i, min(i + args.shard, len(folder))) for i in range(0, len(folder), args.shard)]
+    paths = [args.out.with_name(f"{args.out.stem}-{i:05}.safetensors") for i in range(len(shards))]
+    data, sums = Crops(folder, args.size), torch.zeros(2, channels(model, args.size), dtype=torch.float64)
+    for shard, path in list(zip(shards, paths))[rank()::world()]:
+        if path.exists():
+            z = load_safetensors(path).get("z")
+            if metadata(path).get("key") != key:
+                raise ValueError(f"{path} holds latents of another model, crop or folder: delete it, or choose another --out")
+        else:
+            steps = [range(i, min(i + args.batch, shard.stop)) for i in range(shard.start, shard.stop, args.batch)]
+            z = torch.cat([model.latent(to_float(x.to(model.device)), step.start)[0].half().cpu()
+                           for (x, _), step in zip(batches(data, steps, len(shard), args, path.stem), steps)])
+            if not z.isfinite().all():
+                raise ValueError(f"{model.name} makes latents that do not fit fp16, NaN or beyond 65504")
+            save_safetensors({"z": z, "labels": torch.tensor(folder.labels[shard.start:shard.stop])}, path,
+                             {"key": key, "names": json.dumps(names[shard.start:shard.stop])})
+        flat = z.transpose(0, 1).flatten(1).double()                                     # [C,n h w]
+        sums += torch.stack([flat.sum(1), flat.square().sum(1)]) / (flat.shape[1] / len(z))
+    mean, square = all_reduce(sums.to(model.device)).cpu() / len(folder)
+    if rank() == 0:
+        save_safetensors({"mean": mean.float(), "std": (square - mean.square()).clamp(min=0).sqrt().float()}, args.out,
+                         {"key": key, "model": model.name, "size": str(args.size), "images": str(len(folder)), "shards": json.dumps([p.name for p in paths])})
+        print(f"{args.out}: mean and std of {len(folder)} latents in {len(shards)} shards beside it")
+
+
+@torch.no_grad()
+def decode_file(model, args):
+    """The images of --decode, an OUT of --encode or one shard, as PNG files in --out. An image that is there is not made again."""
+    index = load_safetensors(args.decode)
+    paths = [args.decode] if "z" in index else [args.decode.with_name(name) for name in json.loads(metadata(args.decode).get("shards", "[]"))]
+    if not paths:
+        raise ValueError(f"{args.decode} holds neither latents z nor a list of shards: name a file that --encode wrote")
+    for path in paths[rank()::world()]:
+        z = load_safetensors(path)["z"]
+        names = json.loads(metadata(path).get("names", json.dumps([f"{path.stem}-{i:06}" for i in range(len(z))])))
+        targets = [args.out / (name if name.endswith(".png") else name + ".png") for name in names]
+        todo = [i for i, target in enumerate(targets) if not target.exists()]
+        for i in tqdm(range(0, len(todo), args.batch), desc=path.stem, unit="batch", disable=rank() != 0):
+            part = todo[i:i + args.batch]
+            for j, image in zip(part, to_uint8(model.decode(z[part].float().to(model.device)))):
+                targets[j].parent.mkdir(parents=True, exist_ok=True)
+                save_png(image.permute(1, 2, 0), targets[j])
 
 
 # ------------------------------------------------------------------ main
@@ -728,12 +888,27 @@ def parse(argv):
     p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that decode images, for each device")
     p.add_argument("--out", type=Path, metavar="PATH", help="JSON file (default beside the checkpoint)")
     p.add_argument("--profile", action="store_true", help="images/s by part")
+    p.add_argument("--encode", metavar="DIR", help="write the latents of the images in DIR to --out FILE.safetensors")
+    p.add_argument("--shard", type=int, default=1024, help="latents in a file of --encode (1024 of 1280x16x16 are 0.7 GB)")
+    p.add_argument("--decode", type=Path, metavar="FILE", help="write the images of latents to the folder --out")
+    p.add_argument("--overfit", nargs="+", metavar="IMAGE", help="train a DiT on the latent of each image; writes to the folder --out (runs/overfit)")
+    p.add_argument("--target", default="v", choices=["v", "x"], help="what the DiT predicts; the loss is of v either way")
+    p.add_argument("--dit-width", type=int, default=384)
+    p.add_argument("--dit-depth", type=int, default=12)
+    p.add_argument("--dit-steps", type=int, default=1200)
+    p.add_argument("--dit-batch", type=int, default=32)
+    p.add_argument("--dit-lr", type=float, default=2e-4)
     args = p.parse_args(argv)
     args.skip = set(filter(None, args.skip.split(",")))
     if args.skip - {"fid", "lpips", "probe", "curve"}:
         p.error(f"--skip takes fid, lpips, probe and curve, not {','.join(sorted(args.skip))}")
     if args.size < 16 or min(args.batch, args.probe_iterations) < 1 or args.workers < 0:
         p.error("--size must be 16 or more, --batch and --probe-iterations 1 or more, --workers 0 or more")
+    modes = [m for m in ("encode", "decode", "overfit") if getattr(args, m)]
+    if len(modes) > 1 or len(args.models) > 1 and (args.encode or args.decode or args.out and not modes):
+        p.error("give one of --encode, --decode, --overfit; these and --out FILE.json go with one model, except --overfit")
+    if (args.encode or args.decode) and not args.out:
+        p.error("--encode needs --out FILE.safetensors, --decode needs --out DIR")
     if args.split and args.train:
         p.error("--split parity takes the probe's training images from --data: leave --train out")
     return args
@@ -747,10 +922,25 @@ def main(argv=None):
     # fp32 means fp32: TF32 alone moves an rFID in the third digit
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
-        evaluate(args, device)
+        if args.encode or args.decode:
+            (encode_folder if args.encode else decode_file)(load_model(args.models[0], device, args.sample), args)
+        elif args.overfit:
+            overfit_all(args, device)
+        else:
+            evaluate(args, device)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def overfit_all(args, device):
+    if world() > 1:
+        raise ValueError("--overfit trains on one device: run it without torchrun")
+    if "curve" not in args.skip and not importlib.util.find_spec("matplotlib"):
+        raise ValueError("--overfit draws its curve with matplotlib: pip install matplotlib, this project's extra `plot`, or pass --skip curve")
+    folder = args.out or Path("runs/overfit")
+    models = [load_model(spec, device, args.sample) for spec in args.models]
+    compare_overfits([overfit(model, path, args, folder) for model in models for path in args.overfit], folder, "curve" not in args.skip)
 
 
 def evaluate(args, device):
@@ -764,7 +954,7 @@ def evaluate(args, device):
     rows = []
     for spec in args.models:
         model = load_model(spec, device, args.sample)
-        out = args.out or (Path(spec).with_suffix(".eval.json") if isinstance(model, Semantic) else Path("runs") / re.sub(r"[^\w.-]+", "-", spec) / "eval.json")
+        out = args.out or (Path(spec).with_suffix(".eval.json") if isinstance(model.model, SAE) else Path("runs") / slug(spec) / "eval.json")
         out.parent.mkdir(parents=True, exist_ok=True)
         result = {"model": spec, "weights_sha256": model.digest} | score(model, test, lpips, inception, args)
         if train:
@@ -772,7 +962,7 @@ def evaluate(args, device):
         result["protocol"] = protocol(model, test, args)
         if rank() == 0:
             write_grid(model, test, args.size, out.with_suffix(".png"))
-            save_json(result, out)
+            write(out, lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
             rows.append(result)
     if rank() == 0:
         print_table(rows)
@@ -781,7 +971,8 @@ def evaluate(args, device):
 def protocol(model, test, args):
     """What the numbers mean: printed under the table and kept in the JSON."""
     lines = {"images": f"{args.data}{', odd positions of each class' if args.split else ''}: ADM centre crop {args.size}, both sides rounded to uint8",
-             "model": f"{model.protocol}, fp32", "psnr": "RGB, 255, mean over images", "ssim": "11 taps, sigma 1.5, per channel, reflect, full map"}
+             "model": f"{'EMA weights, ' if isinstance(model.model, SAE) else ''}z {'drawn from the posterior' if args.sample else 'the mean of the posterior, where there is one'}, fp32",
+             "psnr": "RGB, 255, mean over images", "ssim": "11 taps, sigma 1.5, per channel, reflect, full map"}
     if "lpips" not in args.skip:
         lines["lpips"] = f"{args.lpips_net}, version 0.1"
     if "fid" not in args.skip:

@@ -170,7 +170,7 @@ def test_the_wrong_inception_file_is_named(inception_file, tmp_path):
         with pytest.raises(ValueError, match="other.pth is not the FID Inception .*weights.sh"):
             E.FIDInception(tmp_path / "other.pth", 2048)
     (tmp_path / "cut.pth").write_bytes(inception_file.read_bytes()[:10_000])
-    with pytest.raises(ValueError, match="cut.pth is not a weights file, or a damaged one"):
+    with pytest.raises(ValueError, match="cut.pth is not a weights file of torch, or a damaged one"):
         E.FIDInception(tmp_path / "cut.pth", 2048)
     with pytest.raises(ValueError, match="there is no FID Inception .*gone.pth"):
         E.FIDInception(tmp_path / "gone.pth", 2048)
