@@ -40,7 +40,7 @@ import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.models.inception import BasicConv2d, InceptionA, InceptionB, InceptionC, InceptionD, InceptionE
-from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop
+from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
 from tqdm import tqdm
 
 from sae import SAE, Posterior, load_safetensors, save_safetensors
@@ -65,27 +65,25 @@ def all_reduce(t):
 
 
 class Crops(Dataset):
-    """Item i: (uint8 [S,S,3], label) of file i by ADM's centre crop. With `augment`, item (i, seed): the probe's random crop."""
-
-    def __init__(self, folder, size, augment=False):
+    """Item i: (uint8 [S,S,3], label) of file i by ADM's centre crop. Item (i, seed): by the probe's random resized crop and flip."""
+    def __init__(self, folder, size):
         self.files, self.labels, self.size = folder.files, folder.labels, size
-        self.augment = Compose([RandomResizedCrop(size), RandomHorizontalFlip()]) if augment else None
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, item):
-        i, seed = item if self.augment else (item, None)
+        i, seed = item if isinstance(item, tuple) else (item, None)
         try:
             image = load_image(self.files[i])
         except ValueError as error:
             return error                        # returned, not raised: a worker's exception would arrive as a page of traceback
-        if self.augment:
+        if seed is None:
+            image = center_crop(image, self.size)
+        else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)         # the crop depends on the draw alone: not on workers, ranks or a resume
-                image = self.augment(image)
-        else:
-            image = center_crop(image, self.size)
+                image = RandomHorizontalFlip()(RandomResizedCrop(self.size)(image))
         return torch.from_numpy(np.array(image)), self.labels[i]
 
 
@@ -100,8 +98,9 @@ def shares(n, batch):
 
 
 def batches(data, indices, total, args, desc):
-    """(x uint8 [B,S,S,3], labels [B]) for each list in `indices`, `total` images in all; progress on rank 0."""
-    loader = DataLoader(data, batch_sampler=indices, num_workers=args.workers, collate_fn=collate, pin_memory=torch.cuda.is_available())
+    """(images [B,...], labels [B]) for each list in `indices`, `total` images in all; progress on rank 0."""
+    loader = DataLoader(data, batch_sampler=indices, num_workers=args.workers, collate_fn=collate,
+                        pin_memory=torch.cuda.is_available())
     with tqdm(total=total, desc=desc, unit="img", disable=rank() != 0) as bar:
         for batch in loader:
             if isinstance(batch, ValueError):
@@ -128,12 +127,12 @@ class Autoencoder:
         self.digest = None
         if isinstance(model, nn.Module):
             model.to(device).eval().requires_grad_(False)
-            digest = hashlib.sha256()
+            weights = hashlib.sha256()
             for key, t in model.state_dict().items():
                 if t.is_floating_point() and not t.isfinite().all():
                     raise ValueError(f"{name} holds NaN or Inf in {key}: the run that wrote it has diverged, take an earlier checkpoint")
-                digest.update(key.encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            self.digest = digest.hexdigest()
+                weights.update(key.encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            self.digest = weights.hexdigest()
 
     def latent(self, x, first=0):
         """x [B,3,H,W] in [-1,1], the images first .. first+B-1 of a set -> z [B,C,...], KL to N(0,I) in nats [B] or None."""
@@ -443,18 +442,24 @@ def score_heads(heads, stream):
 @torch.no_grad()
 def knn_accuracy(bank, bank_labels, stream, kinds, classes):
     """{kind: {k: % right}}: votes of the k nearest by cosine, weighted exp(cosine / 0.07) (DINO's k-NN), k 10 and 20."""
-    neighbours = {f"k{k}": min(k, len(bank)) for k in (10, 20)}
-    right = {kind: torch.zeros(len(neighbours) + 1, dtype=torch.float64, device=bank.device) for kind in kinds}
+    banks = {kind: F.normalize(bank[:, columns], dim=1).T for kind, columns in kinds.items()}            # [D,n]
+    ks = {k: min(k, len(bank)) for k in (10, 20)}
+    sums = {kind: torch.zeros(1 + len(ks), dtype=torch.float64, device=bank.device) for kind in kinds}
     for features, labels in stream:
         for kind, columns in kinds.items():
-            near = F.normalize(features[:, columns], dim=1) @ F.normalize(bank[:, columns].float(), dim=1).T          # [B,n]
-            cosine, index = near.topk(max(neighbours.values()))
-            for i, k in enumerate(neighbours.values()):
-                votes = near.new_zeros(len(labels), classes).scatter_add_(1, bank_labels[index[:, :k]], (cosine[:, :k] / 0.07).exp())
-                right[kind][i] += (votes.argmax(1) == labels).sum()
-            right[kind][-1] += len(labels)
-    totals = {kind: all_reduce(count) for kind, count in right.items()}
-    return {kind: {k: float(100 * t[i] / t[-1]) for i, k in enumerate(neighbours)} for kind, t in totals.items()}
+            cosine, index = (F.normalize(features[:, columns], dim=1) @ banks[kind]).topk(max(ks.values()))             # [B,20]
+            for i, k in enumerate(ks.values()):
+                votes = cosine.new_zeros(len(labels), classes)
+                votes.scatter_add_(1, bank_labels[index[:, :k]], (cosine[:, :k] / 0.07).exp())
+                sums[kind][i] += (votes.argmax(1) == labels).sum()
+            sums[kind][-1] += len(labels)
+    totals = {kind: all_reduce(t).tolist() for kind, t in sums.items()}
+    return {kind: {k: 100 * right / t[-1] for k, right in zip(ks, t)} for kind, t in totals.items()}
+
+
+def digest(*values):
+    """A short name for what `values` describe."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
 def feature_file(model, sets, embed, width, args, folder):
@@ -463,18 +468,15 @@ def feature_file(model, sets, embed, width, args, folder):
     The file's name holds a hash of weights, images (path, size, time) and crop: it is reused when all agree, and an interrupted
     pass goes on where it stopped. Under torchrun every rank writes its own rows, so all must see the same folder.
     """
-    h = hashlib.sha256(repr((model.digest, args.size, width)).encode())
-    for path in (p for s in sets for p in s.files):
-        stat = os.stat(path)
-        h.update(repr((str(path), stat.st_size, stat.st_mtime_ns)).encode())
-    path = folder / f"features-{h.hexdigest()[:16]}.npy"
+    files = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for data in sets for path in data.files]
+    path = folder / f"features-{digest(model.digest, args.size, width, files)}.npy"
     part = path.with_suffix(".tmp")
-    if model.digest is None and rank() == 0:
-        path.unlink(missing_ok=True)
-        part.unlink(missing_ok=True)
-    shape = (sum(map(len, sets)), width)
-    if rank() == 0 and not path.exists() and not part.exists():
-        np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=shape).flush()
+    if rank() == 0:
+        if model.digest is None:                # weights that cannot be seen may have changed
+            path.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
+        if not path.exists() and not part.exists():
+            np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=(len(files), width)).flush()
     barrier()
     if not path.exists():
         rows, first = np.lib.format.open_memmap(part, mode="r+"), 0
@@ -495,6 +497,17 @@ def feature_file(model, sets, embed, width, args, folder):
     return np.load(path, mmap_mode="r")
 
 
+class Rows(Dataset):
+    """Rows of the feature file in the place of Crops: item i or (i, seed) -> (fp16 [D], label)."""
+
+    def __init__(self, rows, labels):
+        self.rows, self.labels = rows, labels
+
+    def __getitem__(self, item):
+        i = item[0] if isinstance(item, tuple) else item
+        return torch.from_numpy(np.array(self.rows[i])), self.labels[i]
+
+
 def probe(model, train, test, args, folder):
     """{"probe": {kind: % of `test` right}, ...}: DINOv3's linear probe, or k-NN, on what is in front of the bottleneck.
 
@@ -504,62 +517,57 @@ def probe(model, train, test, args, folder):
     if train.classes != test.classes or len(train.classes) < 2:
         raise ValueError(f"the probe needs the same two or more class folders to train and to test on, not {len(train.classes)} and "
                          f"{len(test.classes)}: pass --train DIR or --split parity, or --skip probe")
-    device, classes = model.device, len(train.classes)
+    device, n, classes = model.device, len(train), len(train.classes)
     width, kinds = feature_kinds(model, args.size)
-    n, centre, tests = len(train), Crops(train, args.size), Crops(test, args.size)
+    centre, test_data = Crops(train, args.size), Crops(test, args.size)
     held, kept = np.arange(n)[HOLD - 1::HOLD], np.delete(np.arange(n), np.s_[HOLD - 1::HOLD])
     if args.probe != "knn" and not len(held):
         raise ValueError(f"the linear probe needs {HOLD} training images or more, not {n}: use --probe knn")
 
     @torch.no_grad()
     def embed(x):
+        if x.dtype == torch.float16:            # a row of the feature file
+            return x.to(device).float()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return model.features(to_float(x.to(device)))[0].float()
+            # the encoder sees --batch images at a time, whatever the probe's batch
+            return torch.cat([model.features(to_float(part.to(device)))[0].float() for part in x.split(args.batch)])
+
+    def stream(data, indices, total, desc):
+        for x, labels in batches(data, indices, total, args, desc):
+            yield embed(x), labels.to(device)
+
+    def every(data, index, desc):
+        mine = [index[s.start:s.stop].tolist() for s in shares(len(index), args.batch)]
+        return stream(data, mine, sum(map(len, mine)), desc)
+
+    if args.probe != "full":
+        rows = feature_file(model, [centre, test_data], embed, width, args, folder)
+        centre, test_data = Rows(rows[:n], train.labels), Rows(rows[n:], test.labels)
+    tests = every(test_data, np.arange(len(test)), "probe test")
+    if args.probe == "knn":
+        bank = torch.from_numpy(np.array(rows[:n])).to(device).float()
+        found = knn_accuracy(bank, torch.tensor(train.labels, device=device), tests, kinds, classes)
+        return {"probe": {kind: v[10] for kind, v in found.items()}, "probe_k20": {kind: v[20] for kind, v in found.items()}}
 
     batch = min(PROBE_BATCH, len(kept))
-    if args.probe == "full":
-        augmented = Crops(train, args.size, augment=True)
 
-        def stream(data, indices, total, desc):
-            for x, labels in batches(data, indices, total, args, desc):
-                # an encoder sees --batch images at a time, whatever the probe's batch
-                yield torch.cat([embed(part) for part in x.split(args.batch)]), labels.to(device)
+    def training(start):
+        indices = ([(kept[i], draw) for i, draw in drawn] for drawn in draws(len(kept), batch, args.probe_iterations, start))
+        return stream(centre, indices, (args.probe_iterations - start) * batch // world(), "probe")
 
-        def training(start):
-            indices = ([(kept[i], draw) for i, draw in b] for b in draws(len(kept), batch, args.probe_iterations, start))
-            return stream(augmented, indices, (args.probe_iterations - start) * batch // world(), "probe")
-
-        def scoring(data, index):
-            return stream(data, [index[s.start:s.stop].tolist() for s in shares(len(index), args.batch)], len(index) // world(), "probe test")
-    else:
-        rows = feature_file(model, [centre, tests], embed, width, args, folder)
-        labels = torch.tensor(train.labels + test.labels)
-
-        def take(index):
-            return torch.from_numpy(rows[index]).to(device).float(), labels[index].to(device)
-
-        def training(start):
-            steps = draws(len(kept), batch, args.probe_iterations, start)
-            for b in tqdm(steps, total=args.probe_iterations - start, desc="probe", unit="it", disable=rank() != 0):
-                yield take(np.sort(kept[[i for i, _ in b]]))
-
-        def scoring(data, index):
-            return (take(index[s.start:s.stop] + (n if data is tests else 0)) for s in shares(len(index), PROBE_BATCH))
-
-    if args.probe == "knn":
-        found = knn_accuracy(*take(np.arange(n)), scoring(tests, np.arange(len(test))), kinds, classes)
-        return {"probe": {k: v["k10"] for k, v in found.items()}, "probe_k20": {k: v["k20"] for k, v in found.items()}}
     torch.manual_seed(0)
     heads = Heads(kinds, classes).to(device)
-    key = hashlib.sha256(repr((model.digest, args.size, args.probe_iterations, batch, [str(f) for f in train.files])).encode()).hexdigest()
-    state = folder / f"probe-{key[:16]}.tmp" if args.probe == "full" and model.digest else None
+    state = None
+    if args.probe == "full" and model.digest:
+        state = folder / f"probe-{digest(model.digest, args.size, args.probe_iterations, batch, train.files)}.tmp"
     train_heads(heads, training, batch, args.probe_iterations, state)
-    chosen, scores = score_heads(heads, scoring(centre, held)), score_heads(heads, scoring(tests, np.arange(len(test))))
+    chosen, scores = score_heads(heads, every(centre, held, "probe choice")), score_heads(heads, tests)
     if state and rank() == 0:
         state.unlink(missing_ok=True)
     # of equals, and a small held-out set has many, the one with the smaller loss
-    best = {kind: max(range(len(RATES)), key=lambda i: (accuracy[i], -loss[i])) for kind, (accuracy, loss) in chosen.items()}
-    return {"probe": {kind: float(scores[kind][0][i]) for kind, i in best.items()}, "probe_rate": {kind: RATES[i] for kind, i in best.items()}}
+    best = {kind: max(range(len(RATES)), key=lambda i: (right[i], -loss[i])) for kind, (right, loss) in chosen.items()}
+    return {"probe": {kind: float(scores[kind][0][i]) for kind, i in best.items()},
+            "probe_rate": {kind: RATES[i] for kind, i in best.items()}}
 
 
 # ------------------------------------------------------------------ scores
@@ -603,7 +611,8 @@ def score(model, folder, lpips, inception, args):
         with clock("metrics"):
             x8, y8 = to_uint8(x), to_uint8(xhat)                                         # x8 is the image itself, bit for bit
             bad = ~xhat.flatten(1).isfinite().all(1)
-            rows = [torch.ones_like(bad), psnr(x8, y8), ssim(x8, y8), lpips(x, to_float(y8)) if lpips else bad, bad if kl is None else kl, bad]
+            distance = lpips(y8 / 127.5 - 1, x) if lpips else bad
+            rows = [torch.ones_like(bad), psnr(x8, y8), ssim(x8, y8), distance, bad if kl is None else kl, bad]
             sums += torch.stack([r.double().sum() for r in rows])
             flat = z.transpose(0, 1).flatten(1).double()                                 # [C,B h w]
             moments += torch.stack([flat.mean(1), flat.square().mean(1)]) * len(x)
@@ -821,7 +830,7 @@ def encode_folder(model, args):
     not made again. Under torchrun each rank makes its own shards."""
     folder = ImageFolder(args.encode)
     names = [str(Path(f).relative_to(args.encode)) for f in folder.files]
-    key = hashlib.sha256(repr((model.digest, args.size, args.sample, names)).encode()).hexdigest()
+    key = digest(model.digest, args.size, args.sample, names)
     shards = [range(i, min(i + args.shard, len(folder))) for i in range(0, len(folder), args.shard)]
     paths = [args.out.with_name(f"{args.out.stem}-{i:05}.safetensors") for i in range(len(shards))]
     data, sums = Crops(folder, args.size), torch.zeros(2, channels(model, args.size), dtype=torch.float64)
@@ -949,7 +958,11 @@ def evaluate(args, device):
     train = None
     if "probe" not in args.skip:
         train = ImageFolder(args.data, split="even") if args.split else ImageFolder(args.train or "data/imagenet/train")
-    lpips = None if "lpips" in args.skip else LPIPS(args.lpips_net, args.lpips_weights).to(device)
+    lpips = None
+    if "lpips" not in args.skip:
+        if not Path(args.lpips_weights).is_file():
+            raise ValueError(f"there is no file {args.lpips_weights} for LPIPS: ./weights.sh --only vgg16 fetches it, --skip lpips goes without")
+        lpips = LPIPS(args.lpips_net, args.lpips_weights).to(device)
     inception = None if "fid" in args.skip else FIDInception(args.inception, args.fid_dims, args.fid_resize).to(device)
     rows = []
     for spec in args.models:

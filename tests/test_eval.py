@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
+import lpips
 import numpy as np
 import pytest
 import torch
@@ -89,6 +90,20 @@ def test_scores_of_a_checkpoint_equal_those_of_its_reconstructions_by_torchmetri
         assert grid.size == (8 * 32, 3 * 32)
 
 
+def test_lpips_of_the_command_is_the_lpips_packages(photos, checkpoint, tmp_path, real_data):
+    weights = real_data / "weights/squeezenet1_1-lpips/squeezenet1_1_features.safetensors"
+    got = run(checkpoint, "--data", photos, "--skip", "fid,probe", "--lpips-net", "squeeze", "--lpips-weights", weights, "--out", tmp_path / "a.json", *FAST)
+    package = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False)                  # its heads are in the package, the trunk is given here
+    package.net.load_state_dict({k: load_file(weights)["features." + k.split(".", 1)[1]] for k in package.net.state_dict()})
+    sae, distances = SAE.from_pretrained(checkpoint), []
+    for path in ImageFolder(photos).files:
+        x = torch.from_numpy(np.array(center_crop(Image.open(path), 32))).permute(2, 0, 1)[None] / 127.5 - 1
+        with torch.no_grad():
+            y = ((sae.decode(sae.encode(x).mode()).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+            distances.append(package(x, y).item())
+    assert got["lpips"] == pytest.approx(np.mean(distances), abs=1e-5)
+
+
 def test_latent_statistics_equal_those_of_all_latents_at_once(photos, checkpoint, tmp_path):
     got = run(checkpoint, "--data", photos, "--skip", "fid,lpips,probe", "--out", tmp_path / "a.json", *FAST)["latent"]
     sae = SAE.from_pretrained(checkpoint)
@@ -156,7 +171,7 @@ def test_knn_equals_sklearns_weighted_neighbours():
     for kind, columns in (("all", slice(0, 64)), ("half", slice(0, 32))):
         for k in (10, 20):
             theirs = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)).fit(x[:, columns], y)
-            assert ours[kind][f"k{k}"] == pytest.approx(100 * theirs.score(xt[:, columns], yt), abs=0.12)    # one image: ties
+            assert ours[kind][k] == pytest.approx(100 * theirs.score(xt[:, columns], yt), abs=0.12)    # one image: ties
     assert set(ours) == {"all", "half"}
 
 
