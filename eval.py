@@ -27,7 +27,6 @@ import runpy
 import sys
 import time
 from collections import OrderedDict, defaultdict
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,8 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.models.inception import BasicConv2d, InceptionA, InceptionB, InceptionC, InceptionD, InceptionE
+from torchvision.models.inception import (
+    BasicConv2d, Inception3, InceptionA, InceptionAux, InceptionB, InceptionC, InceptionD, InceptionE)
 from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
 from tqdm import tqdm
 
@@ -92,8 +92,10 @@ def collate(items):
 
 
 def shares(n, batch):
-    """This rank's batches of 0 .. n-1: every world-th run of `batch` consecutive indices. No index is missed or counted twice,
-    and a batch is the same on whichever rank it falls, so that the sums do not depend on the number of ranks."""
+    """This rank's batches of 0 .. n-1: every world-th run of `batch` consecutive indices.
+
+    No index is missed or counted twice, and a batch is the same on whichever rank it falls: sums do not depend on the ranks.
+    """
     return [range(i, min(i + batch, n)) for i in range(0, n, batch)][rank()::world()]
 
 
@@ -117,12 +119,14 @@ def barrier():
 # ------------------------------------------------------------------ autoencoders
 
 class Autoencoder:
-    """Any model behind the few methods that the metrics use; `encode` may give a Posterior or z itself.
+    """Any model behind the few methods that the metrics use.
 
-    name: for messages; digest: SHA-256 of the weights, None for an object that is no torch module; sample: draw z.
+    encode: x [B,3,S,S] in [-1,1] -> z [B,C,...], or a Posterior of it; decode: z -> xhat [B,3,S,S], about [-1,1].
+    digest: SHA-256 of the weights, None for an object that is no torch module. width, kinds, channels: D of `features`,
+    {kind: its columns}, C. Raises ValueError for weights that are not finite and for tensors of the wrong shape.
     """
 
-    def __init__(self, name, model, encode, decode, device, sample=False):
+    def __init__(self, name, model, encode, decode, size, device, sample=False):
         self.name, self.model, self.encode, self.decode, self.device, self.sample = name, model, encode, decode, device, sample
         self.digest = None
         if isinstance(model, nn.Module):
@@ -130,9 +134,17 @@ class Autoencoder:
             weights = hashlib.sha256()
             for key, t in model.state_dict().items():
                 if t.is_floating_point() and not t.isfinite().all():
-                    raise ValueError(f"{name} holds NaN or Inf in {key}: the run that wrote it has diverged, take an earlier checkpoint")
+                    raise ValueError(f"{name} holds NaN or Inf in {key}: its run has diverged, take an earlier checkpoint")
                 weights.update(key.encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
             self.digest = weights.hexdigest()
+        with torch.no_grad():                   # a grey image shows what does not fit before the long pass does
+            grey = torch.zeros(1, 3, size, size, device=device)
+            z, _ = self.latent(grey)
+            features, self.kinds = self.features(grey)
+            self.width, self.channels = features.shape[1], z.shape[1]
+            back = decode(z)
+        if not torch.is_tensor(back) or back.shape != grey.shape:
+            raise ValueError(f"{name} gives {shape_of(back)} back for {shape_of(grey)}: pass the --size that it was made for")
 
     def latent(self, x, first=0):
         """x [B,3,H,W] in [-1,1], the images first .. first+B-1 of a set -> z [B,C,...], KL to N(0,I) in nats [B] or None."""
@@ -143,7 +155,7 @@ class Autoencoder:
         if self.sample:
             raise ValueError(f"--sample draws z from a posterior, and {self.name} has none: leave --sample out")
         if not torch.is_tensor(q) or q.dim() < 3 or len(q) != len(x):
-            raise ValueError(f"encode of {self.name} must give a tensor [B,C,...], and for {len(x)} images it gave {getattr(q, 'shape', type(q))}")
+            raise ValueError(f"encode of {self.name} must give a tensor [B,C,...], and for {shape_of(x)} it gives {shape_of(q)}")
         return q, None
 
     def features(self, x):
@@ -159,14 +171,18 @@ class Autoencoder:
         return torch.cat([cls, patches.mean(1), mu], 1), kinds
 
 
-def load_model(spec, device, sample=False):
+def shape_of(x):
+    return list(x.shape) if torch.is_tensor(x) else f"a {type(x).__name__}"
+
+
+def load_model(spec, size, device, sample=False):
     """The autoencoder that `spec` names; see the top of this file. Raises ValueError, one sentence."""
     file, _, factory = spec.rpartition(":")
     if spec.startswith("diffusers:"):
-        return load_diffusers(spec, device, sample)
+        return load_diffusers(spec, size, device, sample)
     if not file.endswith(".py"):
         sae = SAE.from_pretrained(spec)
-        return Autoencoder(spec, sae, sae.encode, sae.decode, device, sample)
+        return Autoencoder(spec, sae, sae.encode, sae.decode, size, device, sample)
     if not Path(file).is_file():
         raise ValueError(f"there is no file {file} to take {factory} from")
     sys.path.insert(0, str(Path(file).parent))                                           # so that it finds its own neighbours
@@ -174,10 +190,10 @@ def load_model(spec, device, sample=False):
     model = names[factory]() if factory in names else None
     if not (callable(getattr(model, "encode", None)) and callable(getattr(model, "decode", None))):
         raise ValueError(f"{file} needs a function {factory}() that gives an object with encode(x) -> z and decode(z) -> xhat")
-    return Autoencoder(spec, model, model.encode, model.decode, device, sample)
+    return Autoencoder(spec, model, model.encode, model.decode, size, device, sample)
 
 
-def load_diffusers(spec, device, sample):
+def load_diffusers(spec, size, device, sample):
     """SD-VAE and its like (AutoencoderKL), DC-AE (AutoencoderDC) or R-AE (AutoencoderRAE), by a hub name or from a folder."""
     try:
         import diffusers
@@ -197,7 +213,7 @@ def load_diffusers(spec, device, sample):
             "AutoencoderRAE": (lambda x: model.encode((x + 1) / 2).latent, lambda z: model.decode(z).sample * 2 - 1)}
     if type(model).__name__ not in ways:
         raise ValueError(f"{spec} is a {type(model).__name__}: {', '.join(ways)} are scored by name, others by FILE.py:FACTORY")
-    return Autoencoder(spec, model, *ways[type(model).__name__], device, sample)
+    return Autoencoder(spec, model, *ways[type(model).__name__], size, device, sample)
 
 
 # ------------------------------------------------------------------ PSNR, SSIM
@@ -265,17 +281,13 @@ class FIDInception(nn.Module):
 
     def __init__(self, path, dims=2048, resize="tf1"):
         super().__init__()
-        taps = {64: "pool1", 192: "pool2", 768: "Mixed_6e", 2048: "Mixed_7c"}
-        net = [("Conv2d_1a_3x3", BasicConv2d(3, 32, kernel_size=3, stride=2)), ("Conv2d_2a_3x3", BasicConv2d(32, 32, kernel_size=3)),
-               ("Conv2d_2b_3x3", BasicConv2d(32, 64, kernel_size=3, padding=1)), ("pool1", nn.MaxPool2d(3, 2)),
-               ("Conv2d_3b_1x1", BasicConv2d(64, 80, kernel_size=1)), ("Conv2d_4a_3x3", BasicConv2d(80, 192, kernel_size=3)),
-               ("pool2", nn.MaxPool2d(3, 2)),
-               ("Mixed_5b", PoolA(192, 32)), ("Mixed_5c", PoolA(256, 64)), ("Mixed_5d", PoolA(288, 64)), ("Mixed_6a", InceptionB(288)),
-               ("Mixed_6b", PoolC(768, 128)), ("Mixed_6c", PoolC(768, 160)), ("Mixed_6d", PoolC(768, 160)), ("Mixed_6e", PoolC(768, 192)),
-               ("Mixed_7a", InceptionD(768)), ("Mixed_7b", PoolE(1280)),
-               ("Mixed_7c", PoolE(2048, pool=lambda x: F.max_pool2d(x, 3, 1, 1)))]       # a maximum: a slip that every FID has kept
-        self.net = nn.Sequential(OrderedDict(net[:[name for name, _ in net].index(taps[dims]) + 1]))
         self.dims, self.resize = dims, resize
+        blocks = [BasicConv2d, PoolA, InceptionB, PoolC, InceptionD, PoolE, InceptionAux]
+        whole = Inception3(1008, aux_logits=False, init_weights=False, inception_blocks=blocks)
+        whole.Mixed_7c.pool = lambda x: F.max_pool2d(x, 3, 1, 1)                         # a slip of 2015 that every FID has kept
+        layers = dict(whole.named_children())
+        last = list(layers).index({64: "maxpool1", 192: "maxpool2", 768: "Mixed_6e", 2048: "Mixed_7c"}[dims])
+        self.net = nn.Sequential(OrderedDict(list(layers.items())[:last + 1]))
         self.load(Path(path))
         for m in self.net.modules():
             if isinstance(m, BasicConv2d):      # batch norm goes into the convolution: a third less memory traffic
@@ -285,16 +297,19 @@ class FIDInception(nn.Module):
     def load(self, path):
         if not path.is_file():
             raise ValueError(f"there is no FID Inception {path}: ./weights.sh --only inception fetches it, --skip fid goes without")
-        tensors = load_weights(path)
-        wanted = {k: v for k, v in self.net.state_dict().items() if not k.endswith("num_batches_tracked")}
-        found = {k.replace("branch_pool", "tf_pool"): v for k, v in tensors.items()}
-        wrong = [k for k, v in wanted.items() if k not in found or found[k].shape != v.shape]
+        try:
+            tensors = load_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path} is not a weights file of torch, or a damaged one: ./weights.sh --only inception fetches it") from error
+        found = {key.replace("branch_pool", "tf_pool"): t for key, t in tensors.items()}
+        wanted = self.net.state_dict()
+        wrong = [key for key, t in wanted.items() if t.dim() and (key not in found or found[key].shape != t.shape)]
         # torchvision's own Inception has the same names and other weights: its 1000 classes give it away.
         classes = len(found["fc.weight"]) if "fc.weight" in found else 1008
         if wrong or classes != 1008:
-            what = f"{classes} classes, not 1008" if not wrong else f"no {wrong[0].replace('tf_pool', 'branch_pool')} of the right shape"
+            what = f"no {wrong[0].replace('tf_pool', 'branch_pool')} of its shape" if wrong else f"{classes} classes, not 1008"
             raise ValueError(f"{path} is not the FID Inception for {self.dims} features ({what}): ./weights.sh --only inception fetches it")
-        self.net.load_state_dict({k: found.get(k, v) for k, v in self.net.state_dict().items()})
+        self.net.load_state_dict({key: found.get(key, t) for key, t in wanted.items()})  # older files lack the counters of batches
 
     def forward(self, x):
         x = x.float()
@@ -338,19 +353,6 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     return float(np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * cross)
 
 
-def load_weights(path):
-    """The dict of tensors in a .safetensors or a torch file. Raises ValueError, one sentence."""
-    if path.suffix == ".safetensors":
-        return load_safetensors(path)
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a weights file of torch, or a damaged one") from error
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{path} holds a {type(tensors).__name__}, not a dict of tensors")
-    return tensors
-
-
 # ------------------------------------------------------------------ linear probe
 
 # DINOv3's grid; the rates are for a batch of 256 and grow with it.
@@ -360,27 +362,16 @@ SAVE_EVERY = 500                                # iterations of the full probe
 HOLD = 10                                       # every tenth training image chooses the learning rate, and is not trained on
 
 
-@torch.no_grad()
-def feature_kinds(model, size):
-    """(D, {kind: columns}) of the model's features, seen on a grey image."""
-    features, kinds = model.features(torch.zeros(1, 3, size, size, device=model.device))
-    return features.shape[1], kinds
-
-
-def channels(model, size):
-    """C of the latent [B,C,...]."""
-    mu = feature_kinds(model, size)[1]["mu"]
-    return mu.stop - mu.start
-
-
 class Heads(nn.Module):
     """A linear classifier for each kind of feature and each learning rate: features [B,D] -> {kind: logits [R,B,classes]}."""
 
     def __init__(self, kinds, classes):
         super().__init__()
         self.kinds = kinds
-        self.weight = nn.ModuleDict({k: nn.ParameterList(torch.randn(classes, s.stop - s.start) * 0.01 for _ in RATES) for k, s in kinds.items()})
-        self.bias = nn.ModuleDict({k: nn.ParameterList(torch.zeros(classes) for _ in RATES) for k in kinds})
+        self.weight, self.bias = nn.ModuleDict(), nn.ModuleDict()
+        for kind, columns in kinds.items():
+            self.weight[kind] = nn.ParameterList(0.01 * torch.randn(classes, columns.stop - columns.start) for _ in RATES)
+            self.bias[kind] = nn.ParameterList(torch.zeros(classes) for _ in RATES)
 
     def forward(self, features):
         logits = {}
@@ -392,8 +383,7 @@ class Heads(nn.Module):
 
 
 def draws(n, batch, iterations, start=0):
-    """This rank's share of the index batches number start .. iterations-1 from endless permutations of 0 .. n-1; each index
-    with the number of its draw."""
+    """Batches start .. iterations-1 of endless permutations of 0 .. n-1: this rank's part of each, as (index, number of the draw)."""
     endless = itertools.chain.from_iterable(np.random.default_rng([0, epoch]).permutation(n) for epoch in itertools.count())
     numbered = zip(endless, itertools.count())
     for i in range(iterations):
@@ -406,7 +396,8 @@ def train_heads(heads, stream, batch, iterations, state=None):
     """Train the heads on stream(start) of (features [B,D], labels [B]): SGD 0.9, no weight decay, cosine, cross entropy.
     `state`: a file to resume from and to save to."""
     model = nn.parallel.DistributedDataParallel(heads) if dist.is_initialized() else heads
-    groups = [{"params": [p[i] for d in (heads.weight, heads.bias) for p in d.values()], "lr": r * batch / 256} for i, r in enumerate(RATES)]
+    groups = [{"params": [p[i] for d in (heads.weight, heads.bias) for p in d.values()], "lr": rate * batch / 256}
+              for i, rate in enumerate(RATES)]
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     parts, start = {"heads": heads, "optimizer": optimizer, "schedule": schedule}, 0
@@ -417,8 +408,9 @@ def train_heads(heads, stream, batch, iterations, state=None):
         start = saved["iteration"]
     for i, (features, labels) in enumerate(stream(start), start + 1):
         logits = model(features)
-        # the sum over kinds and rates: each head sees its own mean cross entropy alone; `batch` counts the images of all ranks
-        loss = sum(F.cross_entropy(l.flatten(0, 1), labels.repeat(len(RATES)), reduction="sum") for l in logits.values()) * world() / batch
+        # a sum over kinds and rates: each head sees its own cross entropy alone, a mean over the `batch` images of all ranks
+        losses = [F.cross_entropy(l.flatten(0, 1), labels.repeat(len(RATES)), reduction="sum") for l in logits.values()]
+        loss = sum(losses) * world() / batch
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -462,21 +454,21 @@ def digest(*values):
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
-def feature_file(model, sets, embed, width, args, folder):
-    """The features of all images of `sets`, one after the other: a read-only fp16 memory map [n, width].
+def feature_file(model, sets, embed, args, folder):
+    """The features of all images of `sets`, one after the other: a read-only fp16 memory map [n,D].
 
     The file's name holds a hash of weights, images (path, size, time) and crop: it is reused when all agree, and an interrupted
     pass goes on where it stopped. Under torchrun every rank writes its own rows, so all must see the same folder.
     """
     files = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for data in sets for path in data.files]
-    path = folder / f"features-{digest(model.digest, args.size, width, files)}.npy"
+    path = folder / f"features-{digest(model.digest, args.size, files)}.npy"
     part = path.with_suffix(".tmp")
     if rank() == 0:
         if model.digest is None:                # weights that cannot be seen may have changed
             path.unlink(missing_ok=True)
             part.unlink(missing_ok=True)
         if not path.exists() and not part.exists():
-            np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=(len(files), width)).flush()
+            np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=(len(files), model.width)).flush()
     barrier()
     if not path.exists():
         rows, first = np.lib.format.open_memmap(part, mode="r+"), 0
@@ -518,7 +510,6 @@ def probe(model, train, test, args, folder):
         raise ValueError(f"the probe needs the same two or more class folders to train and to test on, not {len(train.classes)} and "
                          f"{len(test.classes)}: pass --train DIR or --split parity, or --skip probe")
     device, n, classes = model.device, len(train), len(train.classes)
-    width, kinds = feature_kinds(model, args.size)
     centre, test_data = Crops(train, args.size), Crops(test, args.size)
     held, kept = np.arange(n)[HOLD - 1::HOLD], np.delete(np.arange(n), np.s_[HOLD - 1::HOLD])
     if args.probe != "knn" and not len(held):
@@ -541,12 +532,12 @@ def probe(model, train, test, args, folder):
         return stream(data, mine, sum(map(len, mine)), desc)
 
     if args.probe != "full":
-        rows = feature_file(model, [centre, test_data], embed, width, args, folder)
+        rows = feature_file(model, [centre, test_data], embed, args, folder)
         centre, test_data = Rows(rows[:n], train.labels), Rows(rows[n:], test.labels)
     tests = every(test_data, np.arange(len(test)), "probe test")
     if args.probe == "knn":
         bank = torch.from_numpy(np.array(rows[:n])).to(device).float()
-        found = knn_accuracy(bank, torch.tensor(train.labels, device=device), tests, kinds, classes)
+        found = knn_accuracy(bank, torch.tensor(train.labels, device=device), tests, model.kinds, classes)
         return {"probe": {kind: v[10] for kind, v in found.items()}, "probe_k20": {kind: v[20] for kind, v in found.items()}}
 
     batch = min(PROBE_BATCH, len(kept))
@@ -556,7 +547,7 @@ def probe(model, train, test, args, folder):
         return stream(centre, indices, (args.probe_iterations - start) * batch // world(), "probe")
 
     torch.manual_seed(0)
-    heads = Heads(kinds, classes).to(device)
+    heads = Heads(model.kinds, classes).to(device)
     state = None
     if args.probe == "full" and model.digest:
         state = folder / f"probe-{digest(model.digest, args.size, args.probe_iterations, batch, train.files)}.tmp"
@@ -572,73 +563,61 @@ def probe(model, train, test, args, folder):
 
 # ------------------------------------------------------------------ scores
 
-class Clock:
-    """Seconds by part. It waits for the GPU only when profiling, so that an ordinary run is never held up."""
-
-    def __init__(self, on):
-        self.on, self.start, self.seconds = on, time.perf_counter(), defaultdict(float)
-
-    @contextmanager
-    def __call__(self, part):
-        start = time.perf_counter()
-        yield
-        if self.on and torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[part] += time.perf_counter() - start
-
-    def report(self, n):
-        total = time.perf_counter() - self.start
-        parts = {"waiting for images": total - sum(self.seconds.values())} | self.seconds
-        print("".join(f"{part:20} {n / s:8.1f} images/s {100 * s / total:5.1f} %\n" for part, s in parts.items() if s))
-
-
 @torch.no_grad()
 def score(model, folder, lpips, inception, args):
     """PSNR, SSIM, LPIPS, rFID and the latent's statistics over the images of `folder`, in one pass; {} on all ranks but the first."""
-    device, data, clock = model.device, Crops(folder, args.size), Clock(args.profile)
-    sums = torch.zeros(6, dtype=torch.float64, device=device)                            # images, PSNR, SSIM, LPIPS, KL, not finite
+    device, data, began, seconds = model.device, Crops(folder, args.size), time.perf_counter(), defaultdict(float)
+
+    def timed(part, function, *inputs):
+        start = time.perf_counter()
+        result = function(*inputs)
+        if args.profile and device.type == "cuda":
+            torch.cuda.synchronize()            # only when profiling: an ordinary run is never held up
+        seconds[part] += time.perf_counter() - start
+        return result
+
+    def metrics(x, y, z, kl, bad):
+        """The sums over a batch of PSNR, SSIM, LPIPS, KL, images that are not finite [5], and of z's moments [2,C]."""
+        distance = lpips(y / 127.5 - 1, x / 127.5 - 1) if lpips else bad
+        flat = z.transpose(0, 1).flatten(1).double()                                     # [C,B h w]
+        rows = [psnr(x, y), ssim(x, y), distance, bad if kl is None else kl, bad]
+        return torch.stack([r.double().sum() for r in rows]), torch.stack([flat.mean(1), flat.square().mean(1)]) * len(x)
+
     real, fake = (Moments(args.fid_dims, device) for _ in range(2)) if inception else (None, None)
-    moments = torch.zeros(2, channels(model, args.size), dtype=torch.float64, device=device)             # of z; an image counts as one
-    mine = shares(len(data), args.batch)
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    moments = torch.zeros(2, model.channels, dtype=torch.float64, device=device)
+    mine, n = shares(len(data), args.batch), len(data)
     for (images, _), share in zip(batches(data, mine, sum(map(len, mine)), args, "scores"), mine):
         x = to_float(images.to(device, non_blocking=True))                               # [B,3,S,S]
-        with clock("encoder"):
-            z, kl = model.latent(x, share.start)
-        with clock("decoder"):
-            xhat = model.decode(z)
-        if not torch.is_tensor(xhat) or xhat.shape != x.shape:
-            raise ValueError(f"{model.name} makes {getattr(xhat, 'shape', type(xhat))} of images {list(x.shape)}: pass the --size that it was made for")
-        with clock("metrics"):
-            x8, y8 = to_uint8(x), to_uint8(xhat)                                         # x8 is the image itself, bit for bit
-            bad = ~xhat.flatten(1).isfinite().all(1)
-            distance = lpips(y8 / 127.5 - 1, x) if lpips else bad
-            rows = [torch.ones_like(bad), psnr(x8, y8), ssim(x8, y8), distance, bad if kl is None else kl, bad]
-            sums += torch.stack([r.double().sum() for r in rows])
-            flat = z.transpose(0, 1).flatten(1).double()                                 # [C,B h w]
-            moments += torch.stack([flat.mean(1), flat.square().mean(1)]) * len(x)
+        z, kl = timed("encoder", model.latent, x, share.start)
+        xhat = timed("decoder", model.decode, z)
+        x8, y8, bad = to_uint8(x), to_uint8(xhat), ~xhat.flatten(1).isfinite().all(1)    # x8 is the image itself, bit for bit
+        for total, part in zip((sums, moments), timed("metrics", metrics, x8, y8, z, kl, bad)):
+            total += part
         if inception:
-            with clock("inception"):
-                real.update(inception(x8))
-                fake.update(inception(y8))
+            real.update(timed("inception", inception, x8))
+            fake.update(timed("inception", inception, y8))
     if args.profile and rank() == 0:
-        clock.report(sum(map(len, mine)))
-    n, *sums = all_reduce(sums).tolist()
+        total = time.perf_counter() - began
+        for part, s in ({"waiting for images": total - sum(seconds.values())} | seconds).items():
+            print(f"{part:20} {sum(map(len, mine)) / s:8.1f} images/s {100 * s / total:5.1f} %")
+    sums = (all_reduce(sums) / n).tolist()
     mean, square = all_reduce(moments) / n
     if sums[-1]:
-        raise ValueError(f"{model.name} made NaN or Inf of {sums[-1]:.0f} of {n:.0f} images: its numbers mean nothing")
+        raise ValueError(f"{model.name} made NaN or Inf of {sums[-1] * n:.0f} of {n} images: its numbers mean nothing")
     gaussians = real.mean_cov() + fake.mean_cov() if inception else ()
     if rank():
         return {}
     std = (square - mean.square()).clamp(min=0).sqrt()
-    result = {"images": int(n), "psnr": sums[0] / n, "ssim": sums[1] / n}
+    result = {"images": n, "psnr": sums[0], "ssim": sums[1]}
     result["latent"] = {"shape": list(z.shape[1:]), "mean": mean.mean().item(), "std": std.square().mean().sqrt().item(),
-                        "std_min": std.min().item(), "std_max": std.max().item(), "kl": sums[3] / n if kl is not None else None}
+                        "std_min": std.min().item(), "std_max": std.max().item(), "kl": None if kl is None else sums[3]}
     if lpips:
-        result["lpips"] = sums[2] / n
+        result["lpips"] = sums[2]
     if inception:
         result["rfid"] = frechet_distance(*gaussians)
         if n <= args.fid_dims:
-            result["warning"] = f"rFID is unreliable: {n:.0f} images cannot fill a covariance of {args.fid_dims} dimensions"
+            result["warning"] = f"rFID is unreliable: {n} images cannot fill a covariance of {args.fid_dims} dimensions"
     return result
 
 
@@ -648,7 +627,8 @@ def write_grid(model, folder, size, path):
     index = np.linspace(0, len(folder) - 1, min(8, len(folder))).astype(int)
     data = Crops(folder, size)
     x = to_float(torch.stack([data[i][0] for i in index]))                               # [8,3,S,S]
-    y = torch.cat([model.decode(model.latent(x[i:i + 1].to(model.device), int(at))[0]) for i, at in enumerate(index)]).clamp(-1, 1).cpu()
+    latents = [model.latent(x[i:i + 1].to(model.device), int(at))[0] for i, at in enumerate(index)]
+    y = torch.cat([model.decode(z) for z in latents]).clamp(-1, 1).cpu()
     rows = torch.stack([x, y, (x - y).abs() - 1])                                        # [3,8,3,S,S]
     save_png(to_uint8(rows).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1), path)    # [3 S,8 S,3]
 
@@ -685,7 +665,8 @@ class DiTBlock(nn.Module):
     def forward(self, x, c):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, 2)          # 6 x [B,1,d]
         qkv = self.qkv(self.norm1(x) * (1 + scale1) + shift1)                            # [B,N,3 d]
-        q, k, v = qkv.unflatten(2, (3, -1, 64 if x.shape[2] % 64 == 0 else x.shape[2])).permute(2, 0, 3, 1, 4)     # 3 x [B,heads,N,d/heads]
+        head = 64 if x.shape[2] % 64 == 0 else x.shape[2]
+        q, k, v = qkv.unflatten(2, (3, -1, head)).permute(2, 0, 3, 1, 4)                 # 3 x [B,heads,N,head]
         x = x + gate1 * self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))   # [B,N,d]
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
@@ -699,12 +680,12 @@ class DiT(nn.Module):
         self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU())
         self.blocks = nn.ModuleList(DiTBlock(d) for _ in range(depth))
         self.norm, self.modulation, self.out = nn.LayerNorm(d, elementwise_affine=False), nn.Linear(d, 2 * d), nn.Linear(d, n)
-        for linear in [*(block.modulation for block in self.blocks), self.modulation, self.out]:        # zero: every block starts as identity
-            nn.init.zeros_(linear.weight)
+        for linear in [*(block.modulation for block in self.blocks), self.modulation, self.out]:
+            nn.init.zeros_(linear.weight)       # zero: every block starts as the identity
             nn.init.zeros_(linear.bias)
 
     def forward(self, z, t):
-        angle = 1000 * t[:, None] * torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)          # [B,128]
+        angle = 1000 * t[:, None] * 10000 ** (-torch.arange(128, device=t.device) / 128)                 # [B,128]
         c = self.time(torch.cat([angle.cos(), angle.sin()], 1))                          # [B,d]
         x = self.embed(z) + self.position                                                # [B,N,d]
         for block in self.blocks:
@@ -731,7 +712,8 @@ def overfit(model, path, args, folder):
     """
     device, folder = model.device, folder / slug(f"{model.name}-{path}")
     folder.mkdir(parents=True, exist_ok=True)
-    x = to_float(torch.from_numpy(np.array(center_crop(load_image(path), args.size)))[None].to(device))                # [1,3,S,S]
+    image = torch.from_numpy(np.array(center_crop(load_image(path), args.size)))[None]
+    x = to_float(image.to(device))                                                       # [1,3,S,S]
     with torch.no_grad():
         z = model.latent(x)[0]                                                           # [1,n,h,w]
         clean, shape, mean, std = model.decode(z), z.shape[1:], z.mean(), z.std()
@@ -759,14 +741,17 @@ def overfit(model, path, args, folder):
             sample = sample + (s - t) * velocity(dit, sample, t[None], args.target)
         sample = decode(sample)
         losses = (v - (fixed - z)).square().flatten(1).mean(1)
-        records.append({"step": step, "train_loss": np.mean(running).item() if running else None, "latent_loss": losses.mean().item(),
-                        "latent_loss_at": dict(zip(map(str, TIMES), losses.tolist())), "rgb_l1": (images - x).abs().mean().item(),
-                        "rgb_psnr": psnr(to_uint8(x).expand(len(images), -1, -1, -1), to_uint8(images)).mean().item(),
-                        "sample_psnr": psnr(to_uint8(x), to_uint8(sample)).item()})
+        x8 = to_uint8(x)
+        records.append({"step": step, "train_loss": np.mean(running).item() if running else None,
+                        "latent_loss": losses.mean().item(), "latent_loss_at": dict(zip(map(str, TIMES), losses.tolist())),
+                        "rgb_l1": (images - x).abs().mean().item(),
+                        "rgb_psnr": psnr(x8.expand_as(images), to_uint8(images)).mean().item(),
+                        "sample_psnr": psnr(x8, to_uint8(sample)).item()})
         with open(folder / "metrics.jsonl", "a" if step else "w") as file:
             file.write(json.dumps(records[-1]) + "\n")
         # the image, its reconstruction, what the DiT makes of it from each time, and of pure noise
-        save_png(to_uint8(torch.cat([x, clean, *images[:, None], sample])).permute(2, 0, 3, 1).flatten(1, 2), folder / f"{step:06}.png")
+        row = to_uint8(torch.cat([x, clean, images, sample]))                            # [8,3,S,S]
+        save_png(row.permute(2, 0, 3, 1).flatten(1, 2), folder / f"{step:06}.png")       # [S,8 S,3]
         running.clear()
 
     report(0)
@@ -792,10 +777,7 @@ def overfit(model, path, args, folder):
 def compare_overfits(runs, folder, curve):
     """A table of the last losses, the two rankings, overfit.json and, when `curve`, curve.png."""
     last = [r | r["records"][-1] for r in runs]
-    print(f"{'model':40} {'n':>6} {'floor':>7} {'latent loss':>12} {'RGB L1':>8} {'RGB PSNR':>9} {'sample PSNR':>12} {'AE PSNR':>8}")
-    for r in last:
-        print(f"{r['model'][-40:]:40} {r['n']:6} {r['floor']:7.4f} {r['latent_loss']:12.4f} {r['rgb_l1']:8.4f} {r['rgb_psnr']:9.2f} "
-              f"{r['sample_psnr']:12.2f} {r['reconstruction_psnr']:8.2f}")
+    print_table(last, {"n": 0, "floor": 4, "latent_loss": 4, "rgb_l1": 4, "rgb_psnr": 2, "sample_psnr": 2, "reconstruction_psnr": 2})
     ranking = {key: [f"{r['model']} {r['image']}" for r in sorted(last, key=lambda r: r[key])] for key in ("latent_loss", "rgb_l1")}
     for key, order in ranking.items():
         print(f"  best to worst by {key}: {', '.join(order)}")
@@ -807,7 +789,8 @@ def compare_overfits(runs, folder, curve):
         figure, axes = plt.subplots(1, 2, figsize=(10, 4))
         for axis, key in zip(axes, ranking):
             for r in runs:
-                axis.semilogy([p["step"] for p in r["records"]], [p[key] for p in r["records"]], label=f"{r['model'][-30:]} {Path(r['image']).stem}")
+                label = f"{r['model'][-30:]} {Path(r['image']).stem}"
+                axis.semilogy([p["step"] for p in r["records"]], [p[key] for p in r["records"]], label=label)
             axis.set(xlabel="step", ylabel=key)
         axes[0].legend()
         figure.tight_layout()
@@ -825,15 +808,17 @@ def metadata(path):
 
 @torch.no_grad()
 def encode_folder(model, args):
-    """Latents of all images of --encode: OUT with `mean` and `std` [C], and shards OUT-00000.safetensors.. with z [n,C,h,w] fp16,
-    `labels` [n] and, in the metadata, the files' names. A shard that is there and was made by the same weights, images and crop is
-    not made again. Under torchrun each rank makes its own shards."""
+    """Latents of all images of --encode: OUT with `mean` and `std` [C], and shards OUT-00000.safetensors.. beside it.
+
+    A shard holds z [n,C,h,w] fp16, labels [n] and, in its metadata, the files' names. One that is there and was made by the same
+    weights, images and crop is not made again. Under torchrun each rank makes its own shards.
+    """
     folder = ImageFolder(args.encode)
     names = [str(Path(f).relative_to(args.encode)) for f in folder.files]
     key = digest(model.digest, args.size, args.sample, names)
     shards = [range(i, min(i + args.shard, len(folder))) for i in range(0, len(folder), args.shard)]
     paths = [args.out.with_name(f"{args.out.stem}-{i:05}.safetensors") for i in range(len(shards))]
-    data, sums = Crops(folder, args.size), torch.zeros(2, channels(model, args.size), dtype=torch.float64)
+    data, sums = Crops(folder, args.size), torch.zeros(2, model.channels, dtype=torch.float64)
     for shard, path in list(zip(shards, paths))[rank()::world()]:
         if path.exists():
             z = load_safetensors(path).get("z")
@@ -841,8 +826,8 @@ def encode_folder(model, args):
                 raise ValueError(f"{path} holds latents of another model, crop or folder: delete it, or choose another --out")
         else:
             steps = [range(i, min(i + args.batch, shard.stop)) for i in range(shard.start, shard.stop, args.batch)]
-            z = torch.cat([model.latent(to_float(x.to(model.device)), step.start)[0].half().cpu()
-                           for (x, _), step in zip(batches(data, steps, len(shard), args, path.stem), steps)])
+            stream = zip(batches(data, steps, len(shard), args, path.stem), steps)
+            z = torch.cat([model.latent(to_float(x.to(model.device)), step.start)[0].half().cpu() for (x, _), step in stream])
             if not z.isfinite().all():
                 raise ValueError(f"{model.name} makes latents that do not fit fp16, NaN or beyond 65504")
             save_safetensors({"z": z, "labels": torch.tensor(folder.labels[shard.start:shard.stop])}, path,
@@ -851,16 +836,18 @@ def encode_folder(model, args):
         sums += torch.stack([flat.sum(1), flat.square().sum(1)]) / (flat.shape[1] / len(z))
     mean, square = all_reduce(sums.to(model.device)).cpu() / len(folder)
     if rank() == 0:
-        save_safetensors({"mean": mean.float(), "std": (square - mean.square()).clamp(min=0).sqrt().float()}, args.out,
-                         {"key": key, "model": model.name, "size": str(args.size), "images": str(len(folder)), "shards": json.dumps([p.name for p in paths])})
+        std = (square - mean.square()).clamp(min=0).sqrt()
+        save_safetensors({"mean": mean.float(), "std": std.float()}, args.out,
+                         {"key": key, "model": model.name, "size": str(args.size), "shards": json.dumps([p.name for p in paths])})
         print(f"{args.out}: mean and std of {len(folder)} latents in {len(shards)} shards beside it")
 
 
 @torch.no_grad()
 def decode_file(model, args):
     """The images of --decode, an OUT of --encode or one shard, as PNG files in --out. An image that is there is not made again."""
-    index = load_safetensors(args.decode)
-    paths = [args.decode] if "z" in index else [args.decode.with_name(name) for name in json.loads(metadata(args.decode).get("shards", "[]"))]
+    paths = [args.decode]
+    if "z" not in load_safetensors(args.decode):
+        paths = [args.decode.with_name(name) for name in json.loads(metadata(args.decode).get("shards", "[]"))]
     if not paths:
         raise ValueError(f"{args.decode} holds neither latents z nor a list of shards: name a file that --encode wrote")
     for path in paths[rank()::world()]:
@@ -881,8 +868,9 @@ def parse(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("models", nargs="+", metavar="MODEL", help="ckpt.pt, diffusers:NAME_OR_FOLDER or FILE.py:FACTORY")
     p.add_argument("--data", default="data/imagenet/val", metavar="DIR", help="the images to score (class folders for the probe)")
-    p.add_argument("--train", metavar="DIR", help="the probe's training images (default data/imagenet/train)")
-    p.add_argument("--split", choices=["parity"], help="in each class of --data, train the probe on the images at even positions, score the odd ones")
+    p.add_argument("--train", metavar="DIR", default="data/imagenet/train", help="the probe's training images")
+    p.add_argument("--split", choices=["parity"], 
+                   help="score the images at odd positions in each class of --data, train the probe on the even ones instead of --train")
     p.add_argument("--size", type=int, default=256, help="of the centre crop (default 256)")
     p.add_argument("--sample", action="store_true", help="draw z from the posterior; default is its mean")
     p.add_argument("--skip", default="", metavar="A,B", help="leave out some of fid, lpips, probe, curve")
@@ -890,7 +878,7 @@ def parse(argv):
     p.add_argument("--fid-resize", default="tf1", choices=["tf1", "torch"], help="torch: pytorch-fid's")
     p.add_argument("--inception", default="weights/pt_inception-2015-12-05-6726825d.pth", metavar="FILE")
     p.add_argument("--lpips-net", default="vgg", choices=["vgg", "alex", "squeeze"])
-    p.add_argument("--lpips-weights", default="weights/vgg16-397923af.pth", metavar="FILE", help="torchvision's file of that network")
+    p.add_argument("--lpips-weights", default="weights/vgg16-397923af.pth", metavar="FILE", help="torchvision's file of that net")
     p.add_argument("--probe", default="full", choices=["full", "cached", "knn"])
     p.add_argument("--probe-iterations", type=int, default=12500)
     p.add_argument("--batch", type=int, default=32, help="images at a time on each device")
@@ -900,7 +888,7 @@ def parse(argv):
     p.add_argument("--encode", metavar="DIR", help="write the latents of the images in DIR to --out FILE.safetensors")
     p.add_argument("--shard", type=int, default=1024, help="latents in a file of --encode (1024 of 1280x16x16 are 0.7 GB)")
     p.add_argument("--decode", type=Path, metavar="FILE", help="write the images of latents to the folder --out")
-    p.add_argument("--overfit", nargs="+", metavar="IMAGE", help="train a DiT on the latent of each image; writes to the folder --out (runs/overfit)")
+    p.add_argument("--overfit", nargs="+", metavar="IMAGE", help="train a DiT on the latent of each image; --out is a folder (runs/overfit)")
     p.add_argument("--target", default="v", choices=["v", "x"], help="what the DiT predicts; the loss is of v either way")
     p.add_argument("--dit-width", type=int, default=384)
     p.add_argument("--dit-depth", type=int, default=12)
@@ -914,12 +902,10 @@ def parse(argv):
     if args.size < 16 or min(args.batch, args.probe_iterations) < 1 or args.workers < 0:
         p.error("--size must be 16 or more, --batch and --probe-iterations 1 or more, --workers 0 or more")
     modes = [m for m in ("encode", "decode", "overfit") if getattr(args, m)]
-    if len(modes) > 1 or len(args.models) > 1 and (args.encode or args.decode or args.out and not modes):
+    if len(modes) > 1 or len(args.models) > 1 and not args.overfit and (modes or args.out):
         p.error("give one of --encode, --decode, --overfit; these and --out FILE.json go with one model, except --overfit")
     if (args.encode or args.decode) and not args.out:
         p.error("--encode needs --out FILE.safetensors, --decode needs --out DIR")
-    if args.split and args.train:
-        p.error("--split parity takes the probe's training images from --data: leave --train out")
     return args
 
 
@@ -931,86 +917,87 @@ def main(argv=None):
     # fp32 means fp32: TF32 alone moves an rFID in the third digit
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
-        if args.encode or args.decode:
-            (encode_folder if args.encode else decode_file)(load_model(args.models[0], device, args.sample), args)
-        elif args.overfit:
+        if args.overfit:
             overfit_all(args, device)
+        elif args.encode or args.decode:
+            model = load_model(args.models[0], args.size, device, args.sample)
+            (encode_folder if args.encode else decode_file)(model, args)
         else:
-            evaluate(args, device)
+            score_all(args, device)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def overfit_all(args, device):
+    """--overfit: every model on every image."""
     if world() > 1:
         raise ValueError("--overfit trains on one device: run it without torchrun")
     if "curve" not in args.skip and not importlib.util.find_spec("matplotlib"):
-        raise ValueError("--overfit draws its curve with matplotlib: pip install matplotlib, this project's extra `plot`, or pass --skip curve")
+        raise ValueError("--overfit draws its curve with matplotlib: install this project's extra `plot`, or pass --skip curve")
     folder = args.out or Path("runs/overfit")
-    models = [load_model(spec, device, args.sample) for spec in args.models]
-    compare_overfits([overfit(model, path, args, folder) for model in models for path in args.overfit], folder, "curve" not in args.skip)
+    models = [load_model(spec, args.size, device, args.sample) for spec in args.models]
+    runs = [overfit(model, path, args, folder) for model in models for path in args.overfit]
+    compare_overfits(runs, folder, "curve" not in args.skip)
 
 
-def evaluate(args, device):
+def score_all(args, device):
     """Score every model on the command line: a JSON and a grid for each, one table at the end."""
-    test = ImageFolder(args.data, split="odd" if args.split else "all")
-    train = None
+    test, train, lpips, inception, rows = ImageFolder(args.data, split="odd" if args.split else "all"), None, None, None, []
     if "probe" not in args.skip:
-        train = ImageFolder(args.data, split="even") if args.split else ImageFolder(args.train or "data/imagenet/train")
-    lpips = None
+        train = ImageFolder(args.data, split="even") if args.split else ImageFolder(args.train)
     if "lpips" not in args.skip:
         if not Path(args.lpips_weights).is_file():
-            raise ValueError(f"there is no file {args.lpips_weights} for LPIPS: ./weights.sh --only vgg16 fetches it, --skip lpips goes without")
+            raise ValueError(f"there is no LPIPS trunk {args.lpips_weights}: ./weights.sh --only vgg16 fetches it, "
+                             "--skip lpips goes without")
         lpips = LPIPS(args.lpips_net, args.lpips_weights).to(device)
-    inception = None if "fid" in args.skip else FIDInception(args.inception, args.fid_dims, args.fid_resize).to(device)
-    rows = []
+    if "fid" not in args.skip:
+        inception = FIDInception(args.inception, args.fid_dims, args.fid_resize).to(device)
     for spec in args.models:
-        model = load_model(spec, device, args.sample)
-        out = args.out or (Path(spec).with_suffix(".eval.json") if isinstance(model.model, SAE) else Path("runs") / slug(spec) / "eval.json")
+        model = load_model(spec, args.size, device, args.sample)
+        beside = Path(spec).with_suffix(".eval.json") if isinstance(model.model, SAE) else Path("runs") / slug(spec) / "eval.json"
+        out = args.out or beside
         out.parent.mkdir(parents=True, exist_ok=True)
         result = {"model": spec, "weights_sha256": model.digest} | score(model, test, lpips, inception, args)
         if train:
             result |= probe(model, train, test, args, out.parent)
-        result["protocol"] = protocol(model, test, args)
+        result["protocol"] = protocol(model, args)
         if rank() == 0:
             write_grid(model, test, args.size, out.with_suffix(".png"))
             write(out, lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
-            rows.append(result)
+            rows.append({f"probe {kind}": right for kind, right in result.get("probe", {}).items()} | result)
     if rank() == 0:
-        print_table(rows)
+        print_table(rows, {"images": 0, "probe cls+patch": 2, "probe patch": 2, "probe mu": 2, "psnr": 2, "ssim": 4, "lpips": 4, "rfid": 3})
+        for line in [r["warning"] for r in rows if "warning" in r] + [f"{k}: {v}" for k, v in rows[-1]["protocol"].items()]:
+            print(" ", line)
 
 
-def protocol(model, test, args):
+def protocol(model, args):
     """What the numbers mean: printed under the table and kept in the JSON."""
-    lines = {"images": f"{args.data}{', odd positions of each class' if args.split else ''}: ADM centre crop {args.size}, both sides rounded to uint8",
-             "model": f"{'EMA weights, ' if isinstance(model.model, SAE) else ''}z {'drawn from the posterior' if args.sample else 'the mean of the posterior, where there is one'}, fp32",
-             "psnr": "RGB, 255, mean over images", "ssim": "11 taps, sigma 1.5, per channel, reflect, full map"}
+    z = "drawn from the posterior" if args.sample else "the posterior's mean, where there is a posterior"
+    lines = {"images": f"{args.data}{', odd positions of each class' if args.split else ''}: ADM centre crop {args.size}, "
+                       "both sides rounded to uint8",
+             "model": f"{'EMA weights, ' if isinstance(model.model, SAE) else ''}z {z}, fp32",
+             "psnr": "RGB, range 255, mean over images", "ssim": "11 taps, sigma 1.5, per channel, reflect padding, full map"}
     if "lpips" not in args.skip:
         lines["lpips"] = f"{args.lpips_net}, version 0.1"
     if "fid" not in args.skip:
         lines["rfid"] = f"{args.fid_dims} features of {Path(args.inception).name}, {args.fid_resize} resize to 299, fp32"
     if "probe" not in args.skip:
-        lines["probe"] = {"knn": "k-NN, k 10, T 0.07, centre crops",
-                          "cached": f"linear, {args.probe_iterations} iterations on centre crops, rate chosen on a tenth of train",
-                          "full": f"linear, {args.probe_iterations} iterations on random crops, rate chosen on a tenth of train"}[args.probe]
-    lines["versions"] = ", ".join(f"{name} {v}" for name, v in [("python", platform.python_version()), ("torch", torch.__version__),
-                                                                ("torchvision", torchvision.__version__)])
+        heads = f"{args.probe_iterations} iterations, the learning rate chosen on a tenth of the training images"
+        lines["probe"] = {"knn": "k-NN, k 10, T 0.07, on centre crops", "cached": f"linear, on centre crops, {heads}",
+                          "full": f"linear, on random crops, {heads}"}[args.probe]
+    lines["versions"] = f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
     return lines
 
 
-def print_table(rows):
-    names = [f"probe {k}" for k in ("cls+patch", "patch", "mu")] + ["PSNR", "SSIM", "LPIPS", "rFID"]
-    print(f"{'model':40} {'images':>7} " + " ".join(f"{n:>15}" if "probe" in n else f"{n:>7}" for n in names))
+def print_table(rows, columns):
+    """One line a row: its model, then the columns {key: digits}, those that no row has left out."""
+    columns = {key: digits for key, digits in columns.items() if any(key in r for r in rows)}
+    print(f"{'model':40}", *(f"{key:>{len(key) + 2}}" for key in columns))
     for r in rows:
-        cells = [r.get("probe", {}).get(k) for k in ("cls+patch", "patch", "mu")] + [r.get(k) for k in ("psnr", "ssim", "lpips", "rfid")]
-        digits = [2, 2, 2, 2, 4, 4, 3]
-        print(f"{r['model'][-40:]:40} {r['images']:7} " + " ".join(("-" if c is None else f"{c:.{d}f}").rjust(15 if i < 3 else 7)
-                                                                  for i, (c, d) in enumerate(zip(cells, digits))))
-    for warning in (r["warning"] for r in rows if "warning" in r):
-        print(f"  {warning}")
-    for key, text in rows[-1]["protocol"].items():
-        print(f"  {key}: {text}")
+        cells = (f"{r[key]:.{digits}f}" if key in r else "-" for key, digits in columns.items())
+        print(f"{r['model'][-40:]:40}", *(f"{cell:>{len(key) + 2}}" for key, cell in zip(columns, cells)))
 
 
 if __name__ == "__main__":
