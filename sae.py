@@ -134,9 +134,9 @@ def reparameterize(mu, logvar, seed, offset=0):
     eps is element offset + i of the normal stream of `seed`, both in 0 .. 2^63-1; logvar is clamped to [-30, 20] as in LDM.
     CPU and GPU draw the same eps, bit for bit; `philox_normal` agrees to a few ulp. Raises ValueError for a pair that does not match.
     """
-    if mu.shape != logvar.shape or mu.dtype != logvar.dtype or mu.device != logvar.device or not mu.dim():
+    if mu.shape != logvar.shape or mu.dtype != logvar.dtype or mu.device != logvar.device or mu.dim() < 2:
         raise ValueError(f'reparameterize: mu is {list(mu.shape)} {mu.dtype} {mu.device} and logvar {list(logvar.shape)} {logvar.dtype} '
-                         f'{logvar.device}; they must be alike and start with the batch')
+                         f'{logvar.device}; they must be alike, [B, ...]')
     if not 0 <= seed < 2 ** 63 or not 0 <= offset < 2 ** 63:
         raise ValueError(f'reparameterize: seed {seed} and offset {offset} must be in 0 .. 2^63-1')
     if in_csrc(mu):

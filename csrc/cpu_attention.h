@@ -149,7 +149,7 @@ inline void forward(const AttentionShape& shape, int64_t task, const typename T:
         *(F*)(row + i) = e;
         sum += e;
       }
-      const float total = sum_lanes(sum);
+      const float total = sum_lanes<float>(sum);
       lse[task * N + first + r] = top + std::log2(total);
       q[r] = 1.f / total;                                     // Q's tile is done with
     }
@@ -186,7 +186,7 @@ inline void backward(const AttentionShape& shape, int64_t task, const typename T
     for (int64_t r = 0; r < rows; ++r) {
       F dot = {};
       for (int i = 0; i < D; i += L) dot = fused(*(F*)(g + r * D + i), *(F*)(o + r * D + i), dot);
-      const float delta = sum_lanes(dot), shift = lse[task * N + first + r];
+      const float delta = sum_lanes<float>(dot), shift = lse[task * N + first + r];
       for (int64_t i = 0; i < n; i += L) {
         F* const pi = (F*)(p + r * n + i);
         F* const di = (F*)(dp + r * n + i);

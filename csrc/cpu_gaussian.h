@@ -15,6 +15,8 @@ inline void fill_normals(uint64_t seed, uint64_t first, int64_t n, float* eps) {
   }
 }
 
+constexpr int64_t kFold = 16 * L;                             // so many elements are summed in fp32 before they join a double
+
 // A NaN passes both comparisons and stays.
 SAE_INLINE F clamp_logvar(F v) {
   v = select(v < -30.f, F{} - 30.f, v);
@@ -29,6 +31,7 @@ inline double gaussian_forward(const typename T::Element* mu, const typename T::
   const float* eps = noise + first % 4;
   fill_normals(seed, first, n + int64_t(first % 4), noise);
   F kl = {};
+  double total = 0;
   for (int64_t i = 0; i < n; i += L) {
     const int64_t left = n - i;
     const F m = left >= L ? T::load(mu + i) : load_some<T>(mu + i, left);
@@ -39,11 +42,12 @@ inline double gaussian_forward(const typename T::Element* mu, const typename T::
       T::store(z + i, x);
     else
       store_some<T>(z + i, x, left);
+    if ((i + L) % kFold == 0 || i + L >= n) total += sum_lanes(kl), kl = F{};
   }
-  return 0.5 * sum_lanes(kl);
+  return 0.5 * total;
 }
 
-// d mu = dz + dkl mu,  d logvar = dz std eps / 2 + dkl (var - 1) / 2 where logvar is inside [-30, 20], else 0
+// d mu = dz + dkl mu,  d logvar = dz std eps / 2 + dkl (var - 1) / 2 where logvar is inside (-30, 20), else 0
 template <class T>
 inline void gaussian_backward(const typename T::Element* dz, float dkl, const typename T::Element* mu,
                               const typename T::Element* logvar, uint64_t seed, uint64_t first, int64_t n,
@@ -59,7 +63,7 @@ inline void gaussian_backward(const typename T::Element* dz, float dkl, const ty
     const F std = exp_clamped(0.5f * v);
     const F dm = fused(m, F{} + dkl, g);
     F dv = 0.5f * fused(g * std, *(const FUnaligned*)(eps + i), dkl * fused(std, std, F{} - 1.f));
-    dv = select(v == raw, dv, F{});
+    dv = select((raw > -30.f) & (raw < 20.f), dv, F{});
     if (whole) {
       T::store(dmu + i, dm);
       T::store(dlogvar + i, dv);
@@ -73,13 +77,15 @@ inline void gaussian_backward(const typename T::Element* dz, float dkl, const ty
 template <class T>
 inline double sum_of_squares(const typename T::Element* a, const typename T::Element* b, int64_t n) {
   F sum = {};
+  double total = 0;
   int64_t i = 0;
   for (; i + L <= n; i += L) {
     const F d = T::load(a + i) - T::load(b + i);
     sum = fused(d, d, sum);
+    if ((i + L) % kFold == 0) total += sum_lanes(sum), sum = F{};
   }
   const F d = load_some<T>(a + i, n - i) - load_some<T>(b + i, n - i);
-  return sum_lanes(fused(d, d, sum));
+  return total + sum_lanes(fused(d, d, sum));
 }
 template <class T>
 inline void difference(float scale, const typename T::Element* a, const typename T::Element* b, int64_t n, typename T::Element* d) {

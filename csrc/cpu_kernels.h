@@ -149,8 +149,9 @@ SAE_INLINE void store_some(typename T::Element* p, F v, int64_t n) {
   T::store(t, v);
   for (int64_t i = 0; i < n; ++i) p[i] = t[i];
 }
-SAE_INLINE float sum_lanes(F v) {
-  float s = 0;
+template <class Sum = double>
+SAE_INLINE Sum sum_lanes(F v) {
+  Sum s = 0;
   for (int i = 0; i < L; ++i) s += v[i];
   return s;
 }

@@ -12,6 +12,12 @@
 //
 // Included inside a namespace that defines bits, select, to_float, fused, square_root and mul_wide for F, I and U.
 
+#ifdef __CUDACC__
+#define SAE_UNROLL _Pragma("unroll")
+#else
+#define SAE_UNROLL _Pragma("GCC unroll 10")
+#endif
+
 struct PhiloxKey {
   uint32_t lo, hi;
 };
@@ -19,7 +25,7 @@ struct PhiloxKey {
 // mul_wide(m, x, high) returns the low 32 bits of m x and sets the high ones.
 template <class U>
 SAE_INLINE void philox(U (&c)[4], PhiloxKey key) {
-#pragma GCC unroll 10
+  SAE_UNROLL
   for (int round = 0; round < 10; ++round) {
     U h0, h1;
     const U l0 = mul_wide(0xD2511F53u, c[0], h0), l1 = mul_wide(0xCD9E8D57u, c[2], h1);
@@ -78,7 +84,7 @@ template <class F, class I, class U>
 SAE_INLINE void normals(U block_lo, U block_hi, PhiloxKey key, F (&eps)[4]) {
   U x[4] = {block_lo, block_hi, U{}, U{}};
   philox(x, key);
-#pragma GCC unroll 2
+  SAE_UNROLL
   for (int i = 0; i < 4; i += 2) {
     const F r = square_root(minus_two_log<F, I>(x[i]));
     F c, s;

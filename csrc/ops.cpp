@@ -200,7 +200,7 @@ Tensor attention_backward_cuda(const Tensor& dout_, const Tensor& qkv_, const Te
 
 int64_t samples(const Tensor& mu, const Tensor& logvar) {
   check_pair(mu, logvar);
-  check(mu.dim() >= 1, "sae: mu must be [B,...]");
+  check(mu.dim() >= 2, "sae: mu must be [B,...]");
   return mu.size(0);
 }
 std::tuple<Tensor, Tensor> reparameterize_cpu(const Tensor& mu_, const Tensor& logvar_, int64_t seed, int64_t offset) {
