@@ -1,19 +1,34 @@
 """S-AE, the Semantic Auto-encoder: one latent space for understanding and generation.
 
-    x [B,3,H,W] -> DINOv3 -> patch tokens h [B,D,H/16,W/16] -> mu, logvar
+    x [B,3,H,W] -> DINOv3 -> patch tokens h [B,D,H/16,W/16] -> mu, logvar [B,z_dim,h,w]
       -> z = mu + exp(logvar/2) eps -> CNN decoder -> xhat [B,3,H,W]
 
+    sae = SAE.from_pretrained("runs/stage2-reg100/last.pt")   # EMA weights, eval mode
+    z = sae.encode(x).mode()                                  # or .sample(seed)
+    xhat = sae.decode(z)
+
 Images are in [-1, 1] at every boundary of this file.
-Letters: B batch, N tokens, D width, H and W pixels (or H heads, next to N), h and w the grid of patches.
+Letters: B batch, N tokens, D width, H and W pixels (or H heads, next to N), h and w the grid of patches or latents.
 """
+import json
 import math
+import mmap
 import os
+import pickle
+import re
 import sys
 import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 # ------------------------------------------------------------------ ops
@@ -206,9 +221,486 @@ if NO_CSRC is None:
 
 
 # ------------------------------------------------------------------ safetensors
+# A file: the header's length (8 bytes, little-endian), the header (JSON: name -> dtype, shape, data_offsets), the data, no gaps.
+
+SAFETENSORS_DTYPES = {              # in the order in which the library lays tensors out: widest first, so that all are aligned
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64, "F32": torch.float32,
+    "U32": torch.uint32, "I32": torch.int32, "BF16": torch.bfloat16, "F16": torch.float16, "U16": torch.uint16,
+    "I16": torch.int16, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8, "U8": torch.uint8,
+    "F4": torch.float4_e2m1fn_x2, "BOOL": torch.bool}           # F4: two to a byte, so half of the header's last dimension
+MAX_HEADER = 100_000_000                                        # bytes, the library's limit
+_pages = WeakTensorKeyDictionary()                              # tensor -> (mapping, first byte, end), for `release`
+
+
+def load_safetensors(path):
+    """{name: tensor} of a safetensors file, in the file's order. The tensors are the mapped file: nothing is read before its use.
+
+    The mapping is private: tensors can be written to and the file does not change. It lives as long as any of its tensors;
+    `release(tensor)` gives back the memory of one that is done with. ValueError, naming file and tensor, for what the safetensors
+    library refuses and for three things that it takes but only a broken writer makes: a key given twice, data_offsets that are
+    no multiple of the item's size, an entry that is no JSON object.
+    """
+    with open(path, "rb") as file:
+        try:
+            entries = _safetensors_entries(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is no valid safetensors file: {error}; fetch or write it again") from error
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors = {}
+    for name, dtype, shape, begin, end in entries:
+        data = torch.empty(0, dtype=torch.uint8)
+        if begin < end:
+            data = torch.frombuffer(mapping, dtype=torch.uint8, offset=begin, count=end - begin)
+        aligned = begin % dtype.itemsize == 0       # false after a header of odd length: legal, but vector code may count on it
+        tensors[name] = (data if aligned else data.clone()).view(dtype).reshape(shape)
+        if aligned:                                 # whole pages only: the first and the last may belong to a neighbour, too
+            _pages[tensors[name]] = mapping, -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    return tensors
+
+
+def release(tensor):
+    """Give the memory of a tensor of `load_safetensors` back to the system, for example once it has been copied.
+
+    The tensor stays valid; its next use reads the file again, so changes made to it are lost. Other tensors are left alone.
+    """
+    mapping, first, end = _pages.get(tensor, (None, 0, 0))
+    if first < end:
+        mapping.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
+def _demand(good, problem):
+    if not good:
+        raise ValueError(problem)
+
+
+def _safetensors_entries(file):
+    """[(name, dtype, shape, first byte in the file, end)] by position. All checks are here, before anything is mapped."""
+    def unique(pairs):
+        for key, n in Counter(key for key, _ in pairs).items():
+            _demand(n == 1, f"its header gives {key!r} twice")
+        return dict(pairs)
+
+    def number(text):                               # as the library reads them: -0 is a float, and infinity an error
+        _demand(math.isfinite(float(text)), f"its header has the number {text:.20}, which is out of range")
+        return int(text) if text.isdigit() else float(text)
+
+    def sizes(x):
+        return type(x) is list and all(type(i) is int and i < 2 ** 63 for i in x)
+
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    _demand(8 + length <= size, f"its {size} bytes are too few for the first 8 and a header of {length}")
+    _demand(length <= MAX_HEADER, f"its header of {length} bytes is over the limit of {MAX_HEADER}")
+    try:
+        text = file.read(length).decode()
+        header = json.loads(text, object_pairs_hook=unique, parse_int=number, parse_float=number, parse_constant=number)
+        json.dumps(header, ensure_ascii=False).encode()                                  # fails for half a surrogate pair
+    except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"its header is not JSON ({error})") from error
+    _demand(type(header) is dict, "its header is no JSON object")
+    metadata = header.pop("__metadata__", None)
+    _demand(metadata is None or type(metadata) is dict and all(type(v) is str for v in metadata.values()),
+            "its __metadata__ does not map strings to strings")
+    for name, info in header.items():
+        _demand(type(info) is dict and info.keys() >= {"dtype", "shape", "data_offsets"} and sizes(info["shape"])
+                and sizes(info["data_offsets"]) and len(info["data_offsets"]) == 2,
+                f"tensor {name!r} needs a dtype, sizes as shape and two data_offsets, and has {info!r:.200}")
+        _demand(info["dtype"] in list(SAFETENSORS_DTYPES), f"tensor {name!r} has the unknown dtype {info['dtype']!r:.80}")
+
+    entries, position = [], 0
+    for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        shape, (begin, end) = info["shape"], info["data_offsets"]
+        dtype = SAFETENSORS_DTYPES[info["dtype"]]
+        label = f"tensor {name!r} ({info['dtype']} {shape!r:.80})"
+        if info["dtype"] == "F4":
+            _demand(shape and shape[-1] % 2 == 0, f"{label} needs an even last dimension")
+            shape = [*shape[:-1], shape[-1] // 2]
+        _demand(all(n < 2 ** 64 for n in accumulate(shape, mul)), f"{label} has more items than 64 bits can count")
+        nbytes = math.prod(shape) * dtype.itemsize
+        _demand(begin == position, f"{label} begins at byte {begin} of the data, but the one before it ends at {position}")
+        _demand(end - begin == nbytes, f"{label} takes {nbytes} bytes, but its data_offsets are {begin} and {end}")
+        _demand(8 + length + end <= size, f"{label} should end at byte {8 + length + end}, but the file ends at {size}")
+        _demand(begin % dtype.itemsize == 0 or begin == end, f"{label} is misaligned: it begins at byte {begin} of the data")
+        entries.append((name, dtype, shape, 8 + length + begin, 8 + length + end))
+        position = end
+    _demand(8 + length + position == size, f"its tensors end at byte {8 + length + position}, but the file at {size}")
+    return entries
+
+
+def save_safetensors(tensors, path, metadata=None):
+    """Write {name: tensor}, of any device and stride, and a metadata of {str: str}. The file appears whole or not at all.
+
+    Its bytes are those that the safetensors library would write, with the metadata in the order of its keys. Tensors that share
+    memory are written one by one. ValueError for what the format cannot hold, OSError for what the disk cannot.
+    """
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    _demand(all(type(x) is str for pair in (metadata or {}).items() for x in pair), f"{path}: metadata must map str to str")
+    for name, t in tensors.items():
+        _demand(type(name) is str and name != "__metadata__", f"{path}: {name!r} cannot be the name of a tensor")
+        _demand(isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_meta,
+                f"{path}: {name!r} is not a tensor with dense data")
+        _demand(t.dtype in names, f"{path}: tensor {name!r} is of {t.dtype}, which the format lacks; convert it first")
+    order = list(names)
+    tensors = sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0]))
+    header, position = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}, 0
+    for name, t in tensors:
+        shape = [*t.shape[:-1], 2 * t.shape[-1]] if t.dtype == torch.float4_e2m1fn_x2 else [*t.shape]
+        header[name] = {"dtype": names[t.dtype], "shape": shape, "data_offsets": [position, position + t.nbytes]}
+        position += t.nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)                                                      # the data begins at a multiple of 8
+    _demand(len(text) <= MAX_HEADER, f"{path}: a header of {len(text)} bytes is over the limit of {MAX_HEADER}")
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, t in tensors:
+                file.write(t.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error       # a full disk's error names no file
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 # ------------------------------------------------------------------ DINOv3
 
+@dataclass
+class DINOv3Config:
+    """The architecture of one DINOv3 ViT; the defaults are H/16+. `from_pretrained` reads all of it off the tensors."""
+    width: int = 1280
+    depth: int = 32
+    head_dim: int = 64          # 128 for 7B
+    hidden: int = 5120          # of the MLP
+    gated: bool = True          # SwiGLU (S+, L+, H+, 7B) or GELU (S, B, L)
+    qkv_bias: bool = True       # on Q and V; K never has one
+    registers: int = 4
+
+
+class MLP(nn.Module):
+    """GELU MLP, or SwiGLU: down(silu(gate(x)) up(x))."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.gate = nn.Linear(cfg.width, cfg.hidden) if cfg.gated else None
+        self.up = nn.Linear(cfg.width, cfg.hidden)
+        self.down = nn.Linear(cfg.hidden, cfg.width)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x) if self.gate else F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """x + ls1 attn(norm1(x)), then x + ls2 mlp(norm2(x)); ls is LayerScale, a learned factor per channel."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        D = cfg.width
+        self.head_dim, self.prefix = cfg.head_dim, 1 + cfg.registers
+        self.norm1, self.norm2 = nn.LayerNorm(D, eps=1e-5), nn.LayerNorm(D, eps=1e-5)
+        self.qkv, self.proj, self.mlp = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D), MLP(cfg)
+        self.q_bias = nn.Parameter(torch.zeros(D)) if cfg.qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(D)) if cfg.qkv_bias else None
+        self.ls1, self.ls2 = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
+
+    def forward(self, x, rope):
+        # A K bias would not be invisible as it is without RoPE, so its part of the packed bias is a true zero.
+        bias = None if self.q_bias is None else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(self.norm1(x), self.qkv.weight, bias)                             # [B,N,3 D]
+        qkv = qkv.unflatten(-1, (3, -1, self.head_dim))                                  # [B,N,3,H,d]
+        x = x + self.ls1 * self.proj(attention(qkv, rope, self.prefix))
+        return x + self.ls2 * self.mlp(self.norm2(x))
+
+
+class DINOv3(nn.Module):
+    """DINOv3 ViT (Simeoni et al. 2025): `cls, registers, patches = encoder(x)`.
+
+    x [B,3,H,W] in [-1,1], H and W multiples of 16 -> final-norm tokens [B,D], [B,R,D], [B,h w,D], row by row.
+    The positions are those of the patch centres, always: DINOv3's own training jitters and rescales them,
+    but a student and a teacher that see different positions cannot agree, so there is no code for it here.
+    """
+    patch = 16
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, self.checkpointing = cfg, False        # checkpointing: recompute each block in the backward pass
+        D = cfg.width
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.registers = nn.Parameter(torch.zeros(1, cfg.registers, D))
+        self.patch_embed = nn.Conv2d(3, D, self.patch, self.patch)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        self.norm = nn.LayerNorm(D, eps=1e-5)
+        # ImageNet mean and std, moved from [0,1] to [-1,1]. Named device: from_pretrained builds the rest on "meta".
+        mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        self.register_buffer("mean", torch.tensor(mean, device="cpu").view(3, 1, 1) * 2 - 1, persistent=False)
+        self.register_buffer("std", torch.tensor(std, device="cpu").view(3, 1, 1) * 2, persistent=False)
+        for p in self.parameters():
+            if p.dim() > 1:
+                nn.init.trunc_normal_(p, std=0.02)
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Conv2d)) and m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+    def forward(self, x):
+        B, _, H, W = x.shape
+        if H % self.patch or W % self.patch or not H * W:
+            raise ValueError(f"the encoder takes images whose sides are multiples of {self.patch}, not {H}x{W}: crop or resize them")
+        x = ((x - self.mean) / self.std).to(self.patch_embed.weight.dtype)
+        patches = self.patch_embed(x).flatten(2).transpose(1, 2)                         # [B,h w,D]
+        x = torch.cat([self.cls_token.expand(B, -1, -1), self.registers.expand(B, -1, -1), patches], 1)  # [B,N,D]
+        rope = rope_tables(H // self.patch, W // self.patch, self.cfg.head_dim, device=x.device)
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope)
+        x = self.norm(x)
+        return x[:, 0], x[:, 1:1 + self.cfg.registers], x[:, 1 + self.cfg.registers:]
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32):
+        """The encoder in a file: safetensors in Hugging Face's or timm's naming, or Meta's .pth; any width and depth.
+
+        Raises ValueError when a tensor is missing, left over, or of a shape that does not fit, and lists the names.
+        A tensor that has `dtype` already is not copied: it stays in the mapped file until it is written to.
+        """
+        path = Path(path)
+        if path.suffix in (".pth", ".pt"):
+            try:
+                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except (RuntimeError, pickle.UnpicklingError) as e:
+                raise ValueError(f"{path} is not a weights file that torch can read: {e}") from e
+        else:
+            tensors = load_safetensors(path)
+        cfg, tensors = read_dinov3(tensors, path, dtype)
+        with torch.device("meta"):
+            model = cls(cfg)
+        expected = {n: p.shape for n, p in model.state_dict().items()}
+        wrong = [f"missing {n}" for n in expected if n not in tensors] + [f"left over {n}" for n in tensors if n not in expected]
+        wrong += [f"{n} is {list(t.shape)}, not {list(expected[n])}" for n, t in tensors.items() if t.shape != expected.get(n, t.shape)]
+        if wrong:
+            raise ValueError(f"{path} is not a DINOv3 ViT of width {cfg.width} and depth {cfg.depth}: {'; '.join(wrong)}")
+        model.load_state_dict(tensors, assign=True)
+        return model.eval()
+
+
+# Hugging Face's, timm's and Meta's names -> ours, applied in turn.
+RENAMES = [(re.compile(a), b) for a, b in [
+    (r"^embeddings\.", ""), (r"^(model\.)?layer\.", "blocks."), (r"\.(attention|attn)\.", "."),
+    (r"^(register_tokens|reg_token|storage_tokens)$", "registers"),
+    (r"^(patch_embeddings|patch_embed\.proj)\.", "patch_embed."),
+    (r"\.o_proj\.", ".proj."), (r"\.([qkv])_proj\.bias$", r".\1_bias"),
+    (r"\.(?:layer_scale([12])\.lambda1|gamma_([12])|ls([12])\.gamma)$", lambda m: f".ls{m[1] or m[2] or m[3]}"),
+    (r"\.mlp\.(gate_proj|fc1_g|w1)\.", ".mlp.gate."), (r"\.mlp\.(up_proj|fc1_x|fc1|w2)\.", ".mlp.up."),
+    (r"\.mlp\.(down_proj|fc2|w3)\.", ".mlp.down."),
+]]
+# Of the pre-training alone: masked patches; 7B's norm for local crops; RoPE's periods are computed, see rope_tables.
+PRETRAINING_ONLY = re.compile(r"^(mask_token|local_cls_norm\..*|rope_embed\.periods)$")
+
+
+def read_dinov3(tensors, path, dtype):
+    """(config, tensors under our names) of a DINOv3 checkpoint. Packs Q, K and V; folds Meta's bias_mask."""
+    ours = {}
+    for name, t in tensors.items():
+        for pattern, to in RENAMES:
+            name = pattern.sub(to, name)
+        if not PRETRAINING_ONLY.match(name):
+            ours[name] = t
+    depth = len({n.split(".")[1] for n in ours if n.startswith("blocks.")})
+    if not depth or "cls_token" not in ours or "registers" not in ours:
+        raise ValueError(f"{path} holds no DINOv3 ViT: no cls_token, register tokens or blocks among its {len(ours)} tensors")
+    for i in range(depth):
+        b = f"blocks.{i}."
+        parts = [ours.pop(f"{b}{c}_proj.weight") for c in "qkv" if f"{b}{c}_proj.weight" in ours]
+        if parts:
+            ours[b + "qkv.weight"] = torch.cat([p.to(dtype) for p in parts])
+            for p in parts:
+                release(p)
+        if b + "qkv.bias" in ours:
+            # Meta's bias_mask is 0 on the K part, where the bias may hold anything, NaN included.
+            bias = ours.pop(b + "qkv.bias")
+            bias = torch.where(ours.pop(b + "qkv.bias_mask", torch.ones_like(bias)) != 0, bias, torch.zeros_like(bias))
+            ours[b + "q_bias"], k_bias, ours[b + "v_bias"] = bias.chunk(3)
+            ours[b + "k_bias"] = k_bias
+        if b + "k_bias" in ours and not ours[b + "k_bias"].any():
+            del ours[b + "k_bias"]                                     # a K bias that is not zero is left over: an error
+    width = ours["cls_token"].shape[-1]
+    up = ours.get("blocks.0.mlp.up.weight")
+    cfg = DINOv3Config(width, depth, 128 if width == 4096 else 64, 4 * width if up is None else len(up),
+                       "blocks.0.mlp.gate.weight" in ours, "blocks.0.q_bias" in ours, ours["registers"].shape[1])
+    return cfg, {n: t.to(dtype) for n, t in ours.items()}
+
 
 # ------------------------------------------------------------------ autoencoder
+
+@dataclass
+class SAEConfig:
+    """The architecture of an S-AE; saved in every checkpoint. The defaults are the paper's."""
+    encoder: DINOv3Config = field(default_factory=DINOv3Config)
+    f: int = 16                 # pixels per latent: 16, 32 or 64
+    z_dim: int = 1280           # latent channels; fewer than the encoder's width for small GPUs
+    widths: tuple = (1280, 1024, 512, 256, 128)     # of the decoder, coarse to fine; f 32 and 64 repeat the first
+    blocks: int = 2             # residual blocks per resolution of the decoder
+    attention: bool = True      # in the middle of the decoder, as LDM has; its cost grows with the 4th power of the side
+
+    @classmethod
+    def from_dict(cls, d):
+        return cls(**{**d, "encoder": DINOv3Config(**d["encoder"]), "widths": tuple(d["widths"])})
+
+
+@dataclass
+class Posterior:
+    """q(z|x) = N(mu, exp(logvar)), mu and logvar [B,z_dim,h,w]."""
+    mu: torch.Tensor
+    logvar: torch.Tensor
+
+    def mode(self):
+        """[B,z_dim,h,w]"""
+        return self.mu
+
+    def sample(self, seed, offset=0):
+        """[B,z_dim,h,w]: the same draw for the same (seed, offset) on every device; see `reparameterize`."""
+        return reparameterize(self.mu, self.logvar, seed, offset)[0]
+
+    def kl(self):
+        """KL(q || N(0, I)) in nats, summed over each sample: [B]."""
+        return reparameterize(self.mu, self.logvar, 0)[1]
+
+
+def norm(channels):
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """skip(x) + conv(silu(norm(conv(silu(norm(x)))))): LDM's residual block."""
+
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.norm1, self.conv1 = norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class AttnBlock(nn.Module):
+    """x + proj(attention(norm(x))), one head over the h w positions."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm, self.qkv, self.proj = norm(channels), nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, -1)         # 3 x [B,h w,C]
+        y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]     # [B,h w,C]
+        return x + self.proj(y.transpose(1, 2).reshape(x.shape))                         # [B,C,h,w]
+
+
+class Upsample(nn.Module):
+    """Nearest x2, then a 3x3 convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def downsample(cfg):
+    """log2(f / 16) groups on the patch tokens' map, each a residual block and a 3x3 convolution of stride 2."""
+    D, groups = cfg.encoder.width, int(math.log2(cfg.f // DINOv3.patch))
+    return nn.Sequential(*[m for _ in range(groups) for m in (ResBlock(D, D), nn.Conv2d(D, D, 3, stride=2, padding=1))])
+
+
+def decoder(cfg):
+    """z [B,z_dim,h,w] -> xhat [B,3,f h,f w]: conv, middle, `blocks` residual blocks a resolution with upsampling between, conv."""
+    widths = (cfg.widths[0],) * (int(math.log2(cfg.f)) + 1 - len(cfg.widths)) + tuple(cfg.widths)
+    c = widths[0]
+    layers = [nn.Conv2d(cfg.z_dim, c, 3, padding=1), ResBlock(c, c), *([AttnBlock(c)] if cfg.attention else []), ResBlock(c, c)]
+    for i, width in enumerate(widths):
+        if i:
+            layers.append(Upsample(c))
+        for _ in range(cfg.blocks):
+            layers.append(ResBlock(c, width))
+            c = width
+    return nn.Sequential(*layers, norm(c), nn.SiLU(), nn.Conv2d(c, 3, 3, padding=1))
+
+
+CHECKPOINT_VERSION = 1
+
+
+class SAE(nn.Module):
+    """The Semantic Auto-encoder.
+
+    encode: x [B,3,H,W] in [-1,1], H and W multiples of f -> Posterior of z [B,z_dim,H/f,W/f].
+    decode: z -> xhat [B,3,H,W], about [-1,1], not clamped.
+    latent_mean, latent_std [z_dim]: of z over the training images, filled in at the end of training;
+    a diffusion model is trained on (z - latent_mean) / latent_std.
+    """
+
+    def __init__(self, cfg, encoder=None):
+        super().__init__()
+        if cfg.f not in (16, 32, 64) or len(cfg.widths) > int(math.log2(cfg.f)) + 1:
+            raise ValueError(f"f must be 16, 32 or 64 with at most log2(f) + 1 decoder widths, not f {cfg.f} with widths {cfg.widths}")
+        self.config = cfg
+        self.encoder = encoder or DINOv3(cfg.encoder)
+        self.down = downsample(cfg)
+        self.to_latent = nn.Conv2d(cfg.encoder.width, 2 * cfg.z_dim, 1)
+        # Reading: the paper names no initialisation. At PyTorch's, logvar is about 0 and the noise as strong as mu;
+        # from a standard deviation of exp(-3) the decoder sees the image from the first step on.
+        nn.init.zeros_(self.to_latent.weight[cfg.z_dim:])
+        nn.init.constant_(self.to_latent.bias[cfg.z_dim:], -6.0)
+        self.decoder = decoder(cfg)
+        self.register_buffer("latent_mean", torch.zeros(cfg.z_dim))
+        self.register_buffer("latent_std", torch.ones(cfg.z_dim))
+
+    def posterior(self, patches, h, w):
+        """Patch tokens [B,h w,D] -> Posterior [B,z_dim,16 h/f,16 w/f]."""
+        x = patches.transpose(1, 2).unflatten(2, (h, w))                                 # [B,D,h,w]
+        return Posterior(*self.to_latent(self.down(x)).chunk(2, 1))
+
+    def encode(self, x):
+        H, W = x.shape[2:]
+        if H % self.config.f or W % self.config.f:
+            raise ValueError(f"this S-AE takes images whose sides are multiples of f = {self.config.f}, not {H}x{W}: crop or resize them")
+        return self.posterior(self.encoder(x)[2], H // DINOv3.patch, W // DINOv3.patch)
+
+    def decode(self, z):
+        return self.decoder(z)
+
+    def forward(self, x, seed, offset=0):
+        """One training pass: xhat [B,3,H,W], kl [B], the student's patch tokens [B,N,D]."""
+        patches = self.encoder(x)[2]
+        q = self.posterior(patches, x.shape[2] // DINOv3.patch, x.shape[3] // DINOv3.patch)
+        z, kl = reparameterize(q.mu, q.logvar, seed, offset)
+        return self.decode(z), kl, patches
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """The EMA weights of a checkpoint of train.py, fp32, in eval mode, frozen."""
+        ckpt = load_checkpoint(path)
+        with torch.device("meta"):
+            sae = cls(SAEConfig.from_dict(ckpt["config"]))
+        sae.load_state_dict(ckpt["ema"], assign=True)
+        return sae.eval().requires_grad_(False)
+
+
+def load_checkpoint(path):
+    """The dict that train.py saved at `path`, on the CPU, mapped, not copied. Raises ValueError, one sentence, for anything else."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no checkpoint {path}")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as e:
+        raise ValueError(f"{path} is not a checkpoint, or a damaged one: {str(e).splitlines()[0]}") from e
+    if not isinstance(ckpt, dict) or ckpt.get("version") != CHECKPOINT_VERSION:
+        raise ValueError(f"{path} is no S-AE checkpoint of version {CHECKPOINT_VERSION}: train.py writes those")
+    return ckpt

@@ -1,0 +1,1007 @@
+"""Score an autoencoder, and use one: one protocol for every model, printed with every result.
+
+    python eval.py runs/stage2-reg100/last.pt                              # probe, PSNR, SSIM, LPIPS, rFID, picture grid
+    python eval.py last.pt diffusers:stabilityai/sd-vae-ft-mse my.py:load  # the same table for peers
+    torchrun --nproc_per_node 8 eval.py last.pt                            # the same numbers from 8 GPUs
+    python eval.py last.pt --encode DIR --out latents.safetensors          # for diffusion training; --decode is the way back
+    python eval.py a.pt b.pt --overfit image.png                           # does a low latent loss mean a good image?
+
+A model is a checkpoint of train.py, diffusers:NAME_OR_FOLDER, or FILE.py:FACTORY, where FACTORY() gives an object with
+encode(x) -> z [B,C,...] and decode(z) -> xhat, images [B,3,H,W] in [-1,1].
+
+Published rFIDs of one and the same checkpoint differ by more than the gaps that papers claim, because crop, rounding, Inception
+network and resize differ. Here both the image and its reconstruction are rounded to uint8 the same way before any metric; the
+rest of the protocol stands beside the code that follows it and in the JSON.
+"""
+import argparse
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import runpy
+import sys
+import time
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+
+import numpy as np
+import scipy.linalg
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.models.inception import (
+    BasicConv2d, Inception3, InceptionA, InceptionAux, InceptionB, InceptionC, InceptionD, InceptionE)
+from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
+from tqdm import tqdm
+
+from sae import SAE, Posterior, load_safetensors, save_safetensors
+from train import LPIPS, ImageFolder, center_crop, load_image, to_float, to_uint8
+
+
+# ------------------------------------------------------------------ ranks and images
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce(t):
+    """The sum of t over the ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(t)
+    return t
+
+
+class Crops(Dataset):
+    """Item i: (uint8 [S,S,3], label) of file i by ADM's centre crop. Item (i, seed): by the probe's random resized crop and flip."""
+    def __init__(self, folder, size):
+        self.files, self.labels, self.size = folder.files, folder.labels, size
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, item):
+        i, seed = item if isinstance(item, tuple) else (item, None)
+        try:
+            image = load_image(self.files[i])
+        except ValueError as error:
+            return error                        # returned, not raised: a worker's exception would arrive as a page of traceback
+        if seed is None:
+            image = center_crop(image, self.size)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)         # the crop depends on the draw alone: not on workers, ranks or a resume
+                image = RandomHorizontalFlip()(RandomResizedCrop(self.size)(image))
+        return torch.from_numpy(np.array(image)), self.labels[i]
+
+
+def collate(items):
+    return next((x for x in items if isinstance(x, ValueError)), None) or default_collate(items)
+
+
+def shares(n, batch):
+    """This rank's batches of 0 .. n-1: every world-th run of `batch` consecutive indices.
+
+    No index is missed or counted twice, and a batch is the same on whichever rank it falls: sums do not depend on the ranks.
+    """
+    return [range(i, min(i + batch, n)) for i in range(0, n, batch)][rank()::world()]
+
+
+def batches(data, indices, total, args, desc):
+    """(images [B,...], labels [B]) for each list in `indices`, `total` images in all; progress on rank 0."""
+    loader = DataLoader(data, batch_sampler=indices, num_workers=args.workers, collate_fn=collate,
+                        pin_memory=torch.cuda.is_available())
+    with tqdm(total=total, desc=desc, unit="img", disable=rank() != 0) as bar:
+        for batch in loader:
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch
+            bar.update(len(batch[1]))
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ------------------------------------------------------------------ autoencoders
+
+class Autoencoder:
+    """Any model behind the few methods that the metrics use.
+
+    encode: x [B,3,S,S] in [-1,1] -> z [B,C,...], or a Posterior of it; decode: z -> xhat [B,3,S,S], about [-1,1].
+    digest: SHA-256 of the weights, None for an object that is no torch module. width, kinds, channels: D of `features`,
+    {kind: its columns}, C. Raises ValueError for weights that are not finite and for tensors of the wrong shape.
+    """
+
+    def __init__(self, name, model, encode, decode, size, device, sample=False):
+        self.name, self.model, self.encode, self.decode, self.device, self.sample = name, model, encode, decode, device, sample
+        self.digest = None
+        if isinstance(model, nn.Module):
+            model.to(device).eval().requires_grad_(False)
+            weights = hashlib.sha256()
+            for key, t in model.state_dict().items():
+                if t.is_floating_point() and not t.isfinite().all():
+                    raise ValueError(f"{name} holds NaN or Inf in {key}: its run has diverged, take an earlier checkpoint")
+                weights.update(key.encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            self.digest = weights.hexdigest()
+        with torch.no_grad():                   # a grey image shows what does not fit before the long pass does
+            grey = torch.zeros(1, 3, size, size, device=device)
+            z, _ = self.latent(grey)
+            features, self.kinds = self.features(grey)
+            self.width, self.channels = features.shape[1], z.shape[1]
+            back = decode(z)
+        if not torch.is_tensor(back) or back.shape != grey.shape:
+            raise ValueError(f"{name} gives {shape_of(back)} back for {shape_of(grey)}: pass the --size that it was made for")
+
+    def latent(self, x, first=0):
+        """x [B,3,H,W] in [-1,1], the images first .. first+B-1 of a set -> z [B,C,...], KL to N(0,I) in nats [B] or None."""
+        q = self.encode(x)
+        if isinstance(q, Posterior):
+            # The noise of an image depends on its place in the set alone, so neither batch size nor ranks change a number.
+            return (q.sample(seed=0, offset=first * q.mu[0].numel()) if self.sample else q.mode()), q.kl()
+        if self.sample:
+            raise ValueError(f"--sample draws z from a posterior, and {self.name} has none: leave --sample out")
+        if not torch.is_tensor(q) or q.dim() < 3 or len(q) != len(x):
+            raise ValueError(f"encode of {self.name} must give a tensor [B,C,...], and for {shape_of(x)} it gives {shape_of(q)}")
+        return q, None
+
+    def features(self, x):
+        """What the probe sees, [B,D], and {kind: its columns}. `mu` is the latent averaged over the positions."""
+        if not isinstance(self.model, SAE):
+            mu = self.latent(x)[0].flatten(2).mean(2)                                    # [B,C]
+            return mu, {"mu": slice(0, mu.shape[1])}
+        cls, _, patches = self.model.encoder(x)
+        D, (h, w) = cls.shape[1], (side // self.model.encoder.patch for side in x.shape[2:])
+        mu = self.model.posterior(patches, h, w).mu.mean((2, 3))                         # [B,z_dim]
+        # The teacher's MSE holds the patch tokens alone and CLS may drift: the patch tokens also stand by themselves.
+        kinds = {"cls+patch": slice(0, 2 * D), "patch": slice(D, 2 * D), "mu": slice(2 * D, 2 * D + mu.shape[1])}
+        return torch.cat([cls, patches.mean(1), mu], 1), kinds
+
+
+def shape_of(x):
+    return list(x.shape) if torch.is_tensor(x) else f"a {type(x).__name__}"
+
+
+def load_model(spec, size, device, sample=False):
+    """The autoencoder that `spec` names; see the top of this file. Raises ValueError, one sentence."""
+    file, _, factory = spec.rpartition(":")
+    if spec.startswith("diffusers:"):
+        return load_diffusers(spec, size, device, sample)
+    if not file.endswith(".py"):
+        sae = SAE.from_pretrained(spec)
+        return Autoencoder(spec, sae, sae.encode, sae.decode, size, device, sample)
+    if not Path(file).is_file():
+        raise ValueError(f"there is no file {file} to take {factory} from")
+    sys.path.insert(0, str(Path(file).parent))                                           # so that it finds its own neighbours
+    names = runpy.run_path(file)
+    model = names[factory]() if factory in names else None
+    if not (callable(getattr(model, "encode", None)) and callable(getattr(model, "decode", None))):
+        raise ValueError(f"{file} needs a function {factory}() that gives an object with encode(x) -> z and decode(z) -> xhat")
+    return Autoencoder(spec, model, model.encode, model.decode, size, device, sample)
+
+
+def load_diffusers(spec, size, device, sample):
+    """SD-VAE and its like (AutoencoderKL), DC-AE (AutoencoderDC) or R-AE (AutoencoderRAE), by a hub name or from a folder."""
+    try:
+        import diffusers
+        model = diffusers.AutoModel.from_pretrained(spec.removeprefix("diffusers:"))
+    except ImportError as error:
+        raise ValueError(f"{spec} needs diffusers and transformers, this project's extra `peers`: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"diffusers cannot load {spec}: {' '.join(str(error).split())}") from error
+
+    def kl_encode(x):
+        q = model.encode(x).latent_dist
+        return Posterior(q.mean, q.logvar)
+
+    ways = {"AutoencoderKL": (kl_encode, lambda z: model.decode(z).sample),
+            "AutoencoderDC": (lambda x: model.encode(x).latent, lambda z: model.decode(z).sample),
+            # R-AE's images are in [0,1]
+            "AutoencoderRAE": (lambda x: model.encode((x + 1) / 2).latent, lambda z: model.decode(z).sample * 2 - 1)}
+    if type(model).__name__ not in ways:
+        raise ValueError(f"{spec} is a {type(model).__name__}: {', '.join(ways)} are scored by name, others by FILE.py:FACTORY")
+    return Autoencoder(spec, model, *ways[type(model).__name__], size, device, sample)
+
+
+# ------------------------------------------------------------------ PSNR, SSIM
+
+def psnr(x, y):
+    """10 log10(255^2 / mean (x - y)^2) of each image, in dB: uint8 [B,3,H,W] twice -> [B]; Inf for equal images."""
+    return 10 * torch.log10(255 ** 2 / (x.float() - y.float()).square().flatten(1).mean(1))
+
+
+def ssim(x, y):
+    """Wang et al. 2004 of each image: uint8 [B,3,H,W] twice -> [B].
+
+    11-tap Gaussian of sigma 1.5, K 0.01 and 0.03, per channel, reflect padding, mean of the full map (as torchmetrics 1.9).
+    """
+    def blur(n):
+        # Blurring an axis is a matrix, its reflected borders included: two products beat eleven-tap convolutions of one channel.
+        taps = torch.exp(-(torch.arange(11, device=x.device) - 5) ** 2 / (2 * 1.5 ** 2))
+        rows = F.pad(torch.eye(n, device=x.device)[None], (5, 5), mode="reflect")[0]
+        return rows.unfold(1, 11, 1) @ (taps / taps.sum())                               # [n,n], input by output
+
+    x, y = x.float(), y.float()
+    maps = blur(x.shape[2]).T @ torch.stack([x, y, x * x, y * y, x * y]) @ blur(x.shape[3])  # [5,B,3,H,W]
+    mx, my, xx, yy, xy = maps
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    # SSIM = (2 mx my + c1)(2 cov + c2) / ((mx^2 + my^2 + c1)(var x + var y + c2))
+    top = (2 * mx * my + c1) * (2 * (xy - mx * my) + c2)
+    bottom = (mx * mx + my * my + c1) * ((xx - mx * mx).clamp(min=0) + (yy - my * my).clamp(min=0) + c2)
+    return (top / bottom).flatten(1).mean(1)
+
+
+# ------------------------------------------------------------------ FID
+
+def tf1_resize(x, size=299):
+    """TensorFlow 1's bilinear resize: output i reads at i * in/out, with no half-pixel shift. fp32 [B,C,H,W] -> [B,C,size,size]."""
+    for dim in (2, 3):
+        at = torch.arange(size, device=x.device) * (x.shape[dim] / size)
+        low = at.long()
+        high = (low + 1).clamp(max=x.shape[dim] - 1)
+        weight = (at - low).view(-1, 1) if dim == 2 else at - low
+        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), weight)
+    return x
+
+
+class TFPool:
+    """Before one of torchvision's Inception blocks: the pool branch as TensorFlow's graph of 2015 has it."""
+
+    def __init__(self, *args, pool=lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), **kwargs):
+        super().__init__(*args, **kwargs)
+        self.pool, self.tf_pool, self.branch_pool = pool, self.branch_pool, nn.Identity()
+
+    def _forward(self, x):
+        *branches, _ = super()._forward(x)
+        return [*branches, self.tf_pool(self.pool(x))]
+
+
+PoolA, PoolC, PoolE = (type(f"Pool{block.__name__[-1]}", (TFPool, block), {}) for block in (InceptionA, InceptionC, InceptionE))
+
+
+class FIDInception(nn.Module):
+    """The Inception of FID (pt_inception-2015-12-05, torchvision's names, 1008 classes): uint8 [B,3,H,W] -> features [B,dims], fp32.
+
+    dims 64, 192, 768 or 2048: averaged over the positions after the first and second pool, Mixed_6e, Mixed_7c.
+    resize "tf1", or "torch" for pytorch-fid's variant. Raises ValueError when the file is another network's.
+    """
+
+    def __init__(self, path, dims=2048, resize="tf1"):
+        super().__init__()
+        self.dims, self.resize = dims, resize
+        blocks = [BasicConv2d, PoolA, InceptionB, PoolC, InceptionD, PoolE, InceptionAux]
+        whole = Inception3(1008, aux_logits=False, init_weights=False, inception_blocks=blocks)
+        whole.Mixed_7c.pool = lambda x: F.max_pool2d(x, 3, 1, 1)                         # a slip of 2015 that every FID has kept
+        layers = dict(whole.named_children())
+        last = list(layers).index({64: "maxpool1", 192: "maxpool2", 768: "Mixed_6e", 2048: "Mixed_7c"}[dims])
+        self.net = nn.Sequential(OrderedDict(list(layers.items())[:last + 1]))
+        self.load(Path(path))
+        for m in self.net.modules():
+            if isinstance(m, BasicConv2d):      # batch norm goes into the convolution: a third less memory traffic
+                m.conv, m.bn = nn.utils.fusion.fuse_conv_bn_eval(m.conv.eval(), m.bn.eval()), nn.Identity()
+        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+    def load(self, path):
+        if not path.is_file():
+            raise ValueError(f"there is no FID Inception {path}: ./weights.sh --only inception fetches it, --skip fid goes without")
+        try:
+            tensors = load_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path} is not a weights file of torch, or a damaged one: ./weights.sh --only inception fetches it") from error
+        found = {key.replace("branch_pool", "tf_pool"): t for key, t in tensors.items()}
+        wanted = self.net.state_dict()
+        wrong = [key for key, t in wanted.items() if t.dim() and (key not in found or found[key].shape != t.shape)]
+        # torchvision's own Inception has the same names and other weights: its 1000 classes give it away.
+        classes = len(found["fc.weight"]) if "fc.weight" in found else 1008
+        if wrong or classes != 1008:
+            what = f"no {wrong[0].replace('tf_pool', 'branch_pool')} of its shape" if wrong else f"{classes} classes, not 1008"
+            raise ValueError(f"{path} is not the FID Inception for {self.dims} features ({what}): ./weights.sh --only inception fetches it")
+        self.net.load_state_dict({key: found.get(key, t) for key, t in wanted.items()})  # older files lack the counters of batches
+
+    def forward(self, x):
+        x = x.float()
+        if self.resize == "tf1":
+            x = (tf1_resize(x) - 128) / 128
+        else:
+            x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False) / 127.5 - 1
+        return self.net(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))
+
+
+class Moments:
+    """Mean and covariance of rows [n,D] that come in batches: n, sum x and sum x x^T in float64, so ranks just add."""
+
+    def __init__(self, dims, device):
+        self.n = torch.zeros((), dtype=torch.float64, device=device)
+        self.sum = torch.zeros(dims, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(dims, dims, dtype=torch.float64, device=device)
+
+    def update(self, x):
+        x = x.double()
+        self.n += len(x)
+        self.sum += x.sum(0)
+        self.outer.addmm_(x.T, x)
+
+    def mean_cov(self):
+        """(mean [D], unbiased covariance [D,D]) over all ranks, numpy float64. Every rank must call it, once."""
+        n, total, outer = (all_reduce(t).cpu().numpy() for t in (self.n, self.sum, self.outer))
+        mean = total / n
+        return mean, (outer - n * np.outer(mean, mean)) / max(n - 1, 1)
+
+
+def frechet_distance(mean1, cov1, mean2, cov2):
+    """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^1/2) of two Gaussians, numpy float64, any rank (Heusel et al. 2017)."""
+    def factor(cov):                                                                     # A with A A^T = cov
+        value, vector = scipy.linalg.eigh(cov)
+        return vector * np.sqrt(value.clip(min=0))
+
+    # tr (C1 C2)^1/2 = sum of the singular values of A1^T A2. They are the roots of the eigenvalues of C1^1/2 C2 C1^1/2, but found
+    # without squaring first: a root of rounding noise would add 1e-8 for every dimension that n images leave empty.
+    cross = scipy.linalg.svdvals(factor(cov1).T @ factor(cov2)).sum()
+    return float(np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * cross)
+
+
+# ------------------------------------------------------------------ linear probe
+
+# DINOv3's grid; the rates are for a batch of 256 and grow with it.
+RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]
+PROBE_BATCH = 1024
+SAVE_EVERY = 500                                # iterations of the full probe
+HOLD = 10                                       # every tenth training image chooses the learning rate, and is not trained on
+
+
+class Heads(nn.Module):
+    """A linear classifier for each kind of feature and each learning rate: features [B,D] -> {kind: logits [R,B,classes]}."""
+
+    def __init__(self, kinds, classes):
+        super().__init__()
+        self.kinds = kinds
+        self.weight, self.bias = nn.ModuleDict(), nn.ModuleDict()
+        for kind, columns in kinds.items():
+            self.weight[kind] = nn.ParameterList(0.01 * torch.randn(classes, columns.stop - columns.start) for _ in RATES)
+            self.bias[kind] = nn.ParameterList(torch.zeros(classes) for _ in RATES)
+
+    def forward(self, features):
+        logits = {}
+        for kind, columns in self.kinds.items():
+            # one product for all rates instead of thirteen; each keeps its own parameters, so the optimizer sees them apart
+            out = F.linear(features[:, columns], torch.cat(list(self.weight[kind])), torch.cat(list(self.bias[kind])))
+            logits[kind] = out.unflatten(1, (len(RATES), -1)).transpose(0, 1)            # [R,B,classes]
+        return logits
+
+
+def draws(n, batch, iterations, start=0):
+    """Batches start .. iterations-1 of endless permutations of 0 .. n-1: this rank's part of each, as (index, number of the draw)."""
+    endless = itertools.chain.from_iterable(np.random.default_rng([0, epoch]).permutation(n) for epoch in itertools.count())
+    numbered = zip(endless, itertools.count())
+    for i in range(iterations):
+        drawn = list(itertools.islice(numbered, batch))
+        if i >= start:
+            yield drawn[rank()::world()]
+
+
+def train_heads(heads, stream, batch, iterations, state=None):
+    """Train the heads on stream(start) of (features [B,D], labels [B]): SGD 0.9, no weight decay, cosine, cross entropy.
+    `state`: a file to resume from and to save to."""
+    model = nn.parallel.DistributedDataParallel(heads) if dist.is_initialized() else heads
+    groups = [{"params": [p[i] for d in (heads.weight, heads.bias) for p in d.values()], "lr": rate * batch / 256}
+              for i, rate in enumerate(RATES)]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    parts, start = {"heads": heads, "optimizer": optimizer, "schedule": schedule}, 0
+    if state and state.exists():
+        saved = torch.load(state, map_location=next(heads.parameters()).device, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        start = saved["iteration"]
+    for i, (features, labels) in enumerate(stream(start), start + 1):
+        logits = model(features)
+        # a sum over kinds and rates: each head sees its own cross entropy alone, a mean over the `batch` images of all ranks
+        losses = [F.cross_entropy(l.flatten(0, 1), labels.repeat(len(RATES)), reduction="sum") for l in logits.values()]
+        loss = sum(losses) * world() / batch
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if state and i % SAVE_EVERY == 0 and i < iterations and rank() == 0:
+            write(state, lambda part: torch.save({"iteration": i} | {name: p.state_dict() for name, p in parts.items()}, part))
+
+
+@torch.no_grad()
+def score_heads(heads, stream):
+    """{kind: (% right [R], mean cross entropy [R]) of each rate's head} over all ranks' (features [B,D], labels [B])."""
+    sums = {kind: torch.zeros(3, len(RATES), dtype=torch.float64, device=next(heads.parameters()).device) for kind in heads.kinds}
+    for features, labels in stream:
+        for kind, logits in heads(features).items():
+            loss = F.cross_entropy(logits.permute(1, 2, 0), labels[:, None].expand(-1, len(RATES)), reduction="none")       # [B,R]
+            sums[kind] += torch.stack([(logits.argmax(-1) == labels).sum(1), loss.sum(0), torch.full_like(loss[0], len(labels))])
+    totals = {kind: all_reduce(t).cpu() for kind, t in sums.items()}
+    return {kind: (100 * right / n, loss / n) for kind, (right, loss, n) in totals.items()}
+
+
+@torch.no_grad()
+def knn_accuracy(bank, bank_labels, stream, kinds, classes):
+    """{kind: {k: % right}}: votes of the k nearest by cosine, weighted exp(cosine / 0.07) (DINO's k-NN), k 10 and 20."""
+    banks = {kind: F.normalize(bank[:, columns], dim=1).T for kind, columns in kinds.items()}            # [D,n]
+    ks = {k: min(k, len(bank)) for k in (10, 20)}
+    sums = {kind: torch.zeros(1 + len(ks), dtype=torch.float64, device=bank.device) for kind in kinds}
+    for features, labels in stream:
+        for kind, columns in kinds.items():
+            cosine, index = (F.normalize(features[:, columns], dim=1) @ banks[kind]).topk(max(ks.values()))             # [B,20]
+            for i, k in enumerate(ks.values()):
+                votes = cosine.new_zeros(len(labels), classes)
+                votes.scatter_add_(1, bank_labels[index[:, :k]], (cosine[:, :k] / 0.07).exp())
+                sums[kind][i] += (votes.argmax(1) == labels).sum()
+            sums[kind][-1] += len(labels)
+    totals = {kind: all_reduce(t).tolist() for kind, t in sums.items()}
+    return {kind: {k: 100 * right / t[-1] for k, right in zip(ks, t)} for kind, t in totals.items()}
+
+
+def digest(*values):
+    """A short name for what `values` describe."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+
+
+def feature_file(model, sets, embed, args, folder):
+    """The features of all images of `sets`, one after the other: a read-only fp16 memory map [n,D].
+
+    The file's name holds a hash of weights, images (path, size, time) and crop: it is reused when all agree, and an interrupted
+    pass goes on where it stopped. Under torchrun every rank writes its own rows, so all must see the same folder.
+    """
+    files = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for data in sets for path in data.files]
+    path = folder / f"features-{digest(model.digest, args.size, files)}.npy"
+    part = path.with_suffix(".tmp")
+    if rank() == 0:
+        if model.digest is None:                # weights that cannot be seen may have changed
+            path.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
+        if not path.exists() and not part.exists():
+            np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=(len(files), model.width)).flush()
+    barrier()
+    if not path.exists():
+        rows, first = np.lib.format.open_memmap(part, mode="r+"), 0
+        for data in sets:
+            # a row of zeros has not been written: no network gives one
+            todo = [s for s in shares(len(data), args.batch) if not rows[first + s.start:first + s.stop].any(1).all()]
+            for (x, _), s in zip(batches(data, todo, sum(map(len, todo)), args, "features"), todo):
+                half = embed(x).half()
+                if not half.isfinite().all():
+                    raise ValueError(f"the features of {model.name} do not fit fp16, NaN or beyond 65504: use --probe full")
+                rows[first + s.start:first + s.stop] = half.cpu().numpy()
+            first += len(data)
+        rows.flush()
+        barrier()
+        if rank() == 0:
+            os.replace(part, path)
+        barrier()
+    return np.load(path, mmap_mode="r")
+
+
+class Rows(Dataset):
+    """Rows of the feature file in the place of Crops: item i or (i, seed) -> (fp16 [D], label)."""
+
+    def __init__(self, rows, labels):
+        self.rows, self.labels = rows, labels
+
+    def __getitem__(self, item):
+        i = item[0] if isinstance(item, tuple) else item
+        return torch.from_numpy(np.array(self.rows[i])), self.labels[i]
+
+
+def probe(model, train, test, args, folder):
+    """{"probe": {kind: % of `test` right}, ...}: DINOv3's linear probe, or k-NN, on what is in front of the bottleneck.
+
+    train, test: ImageFolders with the same classes. --probe full: 12 500 iterations of 1024 random crops; cached: the same
+    heads on one centre crop an image; knn. The learning rate is chosen on a tenth of *train* (DINOv3 chooses it on test).
+    """
+    if train.classes != test.classes or len(train.classes) < 2:
+        raise ValueError(f"the probe needs the same two or more class folders to train and to test on, not {len(train.classes)} and "
+                         f"{len(test.classes)}: pass --train DIR or --split parity, or --skip probe")
+    device, n, classes = model.device, len(train), len(train.classes)
+    centre, test_data = Crops(train, args.size), Crops(test, args.size)
+    held, kept = np.arange(n)[HOLD - 1::HOLD], np.delete(np.arange(n), np.s_[HOLD - 1::HOLD])
+    if args.probe != "knn" and not len(held):
+        raise ValueError(f"the linear probe needs {HOLD} training images or more, not {n}: use --probe knn")
+
+    @torch.no_grad()
+    def embed(x):
+        if x.dtype == torch.float16:            # a row of the feature file
+            return x.to(device).float()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            # the encoder sees --batch images at a time, whatever the probe's batch
+            return torch.cat([model.features(to_float(part.to(device)))[0].float() for part in x.split(args.batch)])
+
+    def stream(data, indices, total, desc):
+        for x, labels in batches(data, indices, total, args, desc):
+            yield embed(x), labels.to(device)
+
+    def every(data, index, desc):
+        mine = [index[s.start:s.stop].tolist() for s in shares(len(index), args.batch)]
+        return stream(data, mine, sum(map(len, mine)), desc)
+
+    if args.probe != "full":
+        rows = feature_file(model, [centre, test_data], embed, args, folder)
+        centre, test_data = Rows(rows[:n], train.labels), Rows(rows[n:], test.labels)
+    tests = every(test_data, np.arange(len(test)), "probe test")
+    if args.probe == "knn":
+        bank = torch.from_numpy(np.array(rows[:n])).to(device).float()
+        found = knn_accuracy(bank, torch.tensor(train.labels, device=device), tests, model.kinds, classes)
+        return {"probe": {kind: v[10] for kind, v in found.items()}, "probe_k20": {kind: v[20] for kind, v in found.items()}}
+
+    batch = min(PROBE_BATCH, len(kept))
+
+    def training(start):
+        indices = ([(kept[i], draw) for i, draw in drawn] for drawn in draws(len(kept), batch, args.probe_iterations, start))
+        return stream(centre, indices, (args.probe_iterations - start) * batch // world(), "probe")
+
+    torch.manual_seed(0)
+    heads = Heads(model.kinds, classes).to(device)
+    state = None
+    if args.probe == "full" and model.digest:
+        state = folder / f"probe-{digest(model.digest, args.size, args.probe_iterations, batch, train.files)}.tmp"
+    train_heads(heads, training, batch, args.probe_iterations, state)
+    chosen, scores = score_heads(heads, every(centre, held, "probe choice")), score_heads(heads, tests)
+    if state and rank() == 0:
+        state.unlink(missing_ok=True)
+    # of equals, and a small held-out set has many, the one with the smaller loss
+    best = {kind: max(range(len(RATES)), key=lambda i: (right[i], -loss[i])) for kind, (right, loss) in chosen.items()}
+    return {"probe": {kind: float(scores[kind][0][i]) for kind, i in best.items()},
+            "probe_rate": {kind: RATES[i] for kind, i in best.items()}}
+
+
+# ------------------------------------------------------------------ scores
+
+@torch.no_grad()
+def score(model, folder, lpips, inception, args):
+    """PSNR, SSIM, LPIPS, rFID and the latent's statistics over the images of `folder`, in one pass; {} on all ranks but the first."""
+    device, data, began, seconds = model.device, Crops(folder, args.size), time.perf_counter(), defaultdict(float)
+
+    def timed(part, function, *inputs):
+        start = time.perf_counter()
+        result = function(*inputs)
+        if args.profile and device.type == "cuda":
+            torch.cuda.synchronize()            # only when profiling: an ordinary run is never held up
+        seconds[part] += time.perf_counter() - start
+        return result
+
+    def metrics(x, y, z, kl, bad):
+        """The sums over a batch of PSNR, SSIM, LPIPS, KL, images that are not finite [5], and of z's moments [2,C]."""
+        distance = lpips(y / 127.5 - 1, x / 127.5 - 1) if lpips else bad
+        flat = z.transpose(0, 1).flatten(1).double()                                     # [C,B h w]
+        rows = [psnr(x, y), ssim(x, y), distance, bad if kl is None else kl, bad]
+        return torch.stack([r.double().sum() for r in rows]), torch.stack([flat.mean(1), flat.square().mean(1)]) * len(x)
+
+    real, fake = (Moments(args.fid_dims, device) for _ in range(2)) if inception else (None, None)
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    moments = torch.zeros(2, model.channels, dtype=torch.float64, device=device)
+    mine, n = shares(len(data), args.batch), len(data)
+    for (images, _), share in zip(batches(data, mine, sum(map(len, mine)), args, "scores"), mine):
+        x = to_float(images.to(device, non_blocking=True))                               # [B,3,S,S]
+        z, kl = timed("encoder", model.latent, x, share.start)
+        xhat = timed("decoder", model.decode, z)
+        x8, y8, bad = to_uint8(x), to_uint8(xhat), ~xhat.flatten(1).isfinite().all(1)    # x8 is the image itself, bit for bit
+        for total, part in zip((sums, moments), timed("metrics", metrics, x8, y8, z, kl, bad)):
+            total += part
+        if inception:
+            real.update(timed("inception", inception, x8))
+            fake.update(timed("inception", inception, y8))
+    if args.profile and rank() == 0:
+        total = time.perf_counter() - began
+        for part, s in ({"waiting for images": total - sum(seconds.values())} | seconds).items():
+            print(f"{part:20} {sum(map(len, mine)) / s:8.1f} images/s {100 * s / total:5.1f} %")
+    sums = (all_reduce(sums) / n).tolist()
+    mean, square = all_reduce(moments) / n
+    if sums[-1]:
+        raise ValueError(f"{model.name} made NaN or Inf of {sums[-1] * n:.0f} of {n} images: its numbers mean nothing")
+    gaussians = real.mean_cov() + fake.mean_cov() if inception else ()
+    if rank():
+        return {}
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    result = {"images": n, "psnr": sums[0], "ssim": sums[1]}
+    result["latent"] = {"shape": list(z.shape[1:]), "mean": mean.mean().item(), "std": std.square().mean().sqrt().item(),
+                        "std_min": std.min().item(), "std_max": std.max().item(), "kl": None if kl is None else sums[3]}
+    if lpips:
+        result["lpips"] = sums[2]
+    if inception:
+        result["rfid"] = frechet_distance(*gaussians)
+        if n <= args.fid_dims:
+            result["warning"] = f"rFID is unreliable: {n} images cannot fill a covariance of {args.fid_dims} dimensions"
+    return result
+
+
+@torch.no_grad()
+def write_grid(model, folder, size, path):
+    """Eight images of the set, evenly spaced, as a PNG: originals, reconstructions, |difference|."""
+    index = np.linspace(0, len(folder) - 1, min(8, len(folder))).astype(int)
+    data = Crops(folder, size)
+    x = to_float(torch.stack([data[i][0] for i in index]))                               # [8,3,S,S]
+    latents = [model.latent(x[i:i + 1].to(model.device), int(at))[0] for i, at in enumerate(index)]
+    y = torch.cat([model.decode(z) for z in latents]).clamp(-1, 1).cpu()
+    rows = torch.stack([x, y, (x - y).abs() - 1])                                        # [3,8,3,S,S]
+    save_png(to_uint8(rows).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1), path)    # [3 S,8 S,3]
+
+
+def write(path, save):
+    """save(temporary path), then rename: a file appears whole or not at all."""
+    part = path.with_name(path.name + ".tmp")
+    save(part)
+    os.replace(part, path)
+
+
+def slug(text):
+    """`text` as the name of a file."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.")
+
+
+def save_png(image, path):
+    """uint8 [H,W,3] -> PNG."""
+    write(path, lambda part: Image.fromarray(image.cpu().numpy()).save(part, format="png"))
+
+
+# ------------------------------------------------------------------ one image, one small DiT
+
+class DiTBlock(nn.Module):
+    """AdaLN-zero (Peebles and Xie 2023): x [B,N,d], condition c [B,d] -> [B,N,d]."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(d, elementwise_affine=False), nn.LayerNorm(d, elementwise_affine=False)
+        self.qkv, self.proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+        self.modulation = nn.Linear(d, 6 * d)
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, 2)          # 6 x [B,1,d]
+        qkv = self.qkv(self.norm1(x) * (1 + scale1) + shift1)                            # [B,N,3 d]
+        head = 64 if x.shape[2] % 64 == 0 else x.shape[2]
+        q, k, v = qkv.unflatten(2, (3, -1, head)).permute(2, 0, 3, 1, 4)                 # 3 x [B,heads,N,head]
+        x = x + gate1 * self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))   # [B,N,d]
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class DiT(nn.Module):
+    """A DiT of patch 1 without classes: z_t [B,N,n], t [B] in [0,1] -> [B,N,n]. Its output has rank d, whatever n is."""
+
+    def __init__(self, N, n, d, depth):
+        super().__init__()
+        self.embed, self.position = nn.Linear(n, d), nn.Parameter(0.02 * torch.randn(1, N, d))
+        self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU())
+        self.blocks = nn.ModuleList(DiTBlock(d) for _ in range(depth))
+        self.norm, self.modulation, self.out = nn.LayerNorm(d, elementwise_affine=False), nn.Linear(d, 2 * d), nn.Linear(d, n)
+        for linear in [*(block.modulation for block in self.blocks), self.modulation, self.out]:
+            nn.init.zeros_(linear.weight)       # zero: every block starts as the identity
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, z, t):
+        angle = 1000 * t[:, None] * 10000 ** (-torch.arange(128, device=t.device) / 128)                 # [B,128]
+        c = self.time(torch.cat([angle.cos(), angle.sin()], 1))                          # [B,d]
+        x = self.embed(z) + self.position                                                # [B,N,d]
+        for block in self.blocks:
+            x = block(x, c)
+        shift, scale = self.modulation(c)[:, None].chunk(2, 2)
+        return self.out(self.norm(x) * (1 + scale) + shift)                              # [B,N,n]
+
+
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)               # where losses are compared; t 0 is the image, t 1 noise
+
+
+def velocity(dit, z_t, t, target):
+    """The velocity that the DiT predicts at z_t [B,N,n], t [B], itself or by way of the image (`x`: v = (z_t - x) / t)."""
+    out = dit(z_t, t)
+    return out if target == "v" else (z_t - out) / t.clamp(min=0.05)[:, None, None]      # 0.05: JiT's bound
+
+
+def overfit(model, path, args, folder):
+    """Train a DiT on the latent of one image and watch the latent loss and the decoded image: the records of metrics.jsonl.
+
+    Flow matching: z_t = (1 - t) z + t eps, loss = mean (vhat - v)^2 with v = eps - z, for both --target v and x. With
+    --target v and width d < n the loss cannot go below (n - d) / n (RAE, Theorem 1); with x it can. t is uniform, then shifted
+    for the dimension m = N n: t' = a t / (1 + (a - 1) t), a = sqrt(m / 4096). z has mean 0 and variance 1 over the image.
+    """
+    device, folder = model.device, folder / slug(f"{model.name}-{path}")
+    folder.mkdir(parents=True, exist_ok=True)
+    image = torch.from_numpy(np.array(center_crop(load_image(path), args.size)))[None]
+    x = to_float(image.to(device))                                                       # [1,3,S,S]
+    with torch.no_grad():
+        z = model.latent(x)[0]                                                           # [1,n,h,w]
+        clean, shape, mean, std = model.decode(z), z.shape[1:], z.mean(), z.std()
+    z = ((z - mean) / std).flatten(2).transpose(1, 2)                                    # [1,N,n]
+    _, N, n = z.shape
+    shift = math.sqrt(N * n / 4096)
+    torch.manual_seed(0)
+    dit = DiT(N, n, args.dit_width, args.dit_depth).to(device)
+    optimizer = torch.optim.AdamW(dit.parameters(), lr=args.dit_lr, weight_decay=0)
+    fixed = torch.randn(len(TIMES), N, n, generator=torch.Generator().manual_seed(1)).to(device)
+    at = torch.tensor(TIMES, device=device)
+    records, running = [], []
+
+    def decode(tokens):
+        return model.decode((tokens * std + mean).transpose(1, 2).unflatten(2, shape[1:]))               # [B,N,n] -> [B,3,S,S]
+
+    @torch.no_grad()
+    def report(step):
+        a = at[:, None, None]
+        z_t = (1 - a) * z + a * fixed
+        v = velocity(dit, z_t, at, args.target)
+        images = torch.cat([decode(token[None]) for token in z_t - a * v])               # [5,3,S,S]
+        sample, grid = fixed[:1], torch.linspace(1, 0, 26, device=device)
+        for t, s in zip(grid[:-1], grid[1:]):                                            # Euler, 25 steps
+            sample = sample + (s - t) * velocity(dit, sample, t[None], args.target)
+        sample = decode(sample)
+        losses = (v - (fixed - z)).square().flatten(1).mean(1)
+        x8 = to_uint8(x)
+        records.append({"step": step, "train_loss": np.mean(running).item() if running else None,
+                        "latent_loss": losses.mean().item(), "latent_loss_at": dict(zip(map(str, TIMES), losses.tolist())),
+                        "rgb_l1": (images - x).abs().mean().item(),
+                        "rgb_psnr": psnr(x8.expand_as(images), to_uint8(images)).mean().item(),
+                        "sample_psnr": psnr(x8, to_uint8(sample)).item()})
+        with open(folder / "metrics.jsonl", "a" if step else "w") as file:
+            file.write(json.dumps(records[-1]) + "\n")
+        # the image, its reconstruction, what the DiT makes of it from each time, and of pure noise
+        row = to_uint8(torch.cat([x, clean, images, sample]))                            # [8,3,S,S]
+        save_png(row.permute(2, 0, 3, 1).flatten(1, 2), folder / f"{step:06}.png")       # [S,8 S,3]
+        running.clear()
+
+    report(0)
+    for step in tqdm(range(1, args.dit_steps + 1), desc=model.name[-30:], unit="step"):
+        t = torch.rand(args.dit_batch, device=device)
+        t = shift * t / (1 + (shift - 1) * t)
+        a, eps = t[:, None, None], torch.randn(args.dit_batch, N, n, device=device)
+        z_t = (1 - a) * z + a * eps
+        # (z_t - z) / t is eps - z, and under the bound on t what --target x can reach
+        v = eps - z if args.target == "v" else (z_t - z) / a.clamp(min=0.05)
+        loss = F.mse_loss(velocity(dit, z_t, t, args.target), v)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        running.append(loss.item())
+        if step % max(1, args.dit_steps // 20) == 0 or step == args.dit_steps:
+            report(step)
+    floor = max(0.0, (n - args.dit_width) / n) if args.target == "v" else 0.0
+    return {"model": model.name, "image": str(path), "n": n, "tokens": N, "width": args.dit_width, "target": args.target, "floor": floor,
+            "reconstruction_psnr": psnr(to_uint8(x), to_uint8(clean)).item(), "records": records}
+
+
+def compare_overfits(runs, folder, curve):
+    """A table of the last losses, the two rankings, overfit.json and, when `curve`, curve.png."""
+    last = [r | r["records"][-1] for r in runs]
+    print_table(last, {"n": 0, "floor": 4, "latent_loss": 4, "rgb_l1": 4, "rgb_psnr": 2, "sample_psnr": 2, "reconstruction_psnr": 2})
+    ranking = {key: [f"{r['model']} {r['image']}" for r in sorted(last, key=lambda r: r[key])] for key in ("latent_loss", "rgb_l1")}
+    for key, order in ranking.items():
+        print(f"  best to worst by {key}: {', '.join(order)}")
+    write(folder / "overfit.json", lambda part: part.write_text(json.dumps({"runs": runs, "ranking": ranking}, indent=1) + "\n"))
+    if curve:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+        for axis, key in zip(axes, ranking):
+            for r in runs:
+                label = f"{r['model'][-30:]} {Path(r['image']).stem}"
+                axis.semilogy([p["step"] for p in r["records"]], [p[key] for p in r["records"]], label=label)
+            axis.set(xlabel="step", ylabel=key)
+        axes[0].legend()
+        figure.tight_layout()
+        write(folder / "curve.png", lambda part: figure.savefig(part, format="png"))
+        plt.close(figure)
+
+
+# ------------------------------------------------------------------ latents on disk
+
+def metadata(path):
+    """The __metadata__ of a safetensors file that load_safetensors has accepted."""
+    with open(path, "rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__", {})
+
+
+@torch.no_grad()
+def encode_folder(model, args):
+    """Latents of all images of --encode: OUT with `mean` and `std` [C], and shards OUT-00000.safetensors.. beside it.
+
+    A shard holds z [n,C,h,w] fp16, labels [n] and, in its metadata, the files' names. One that is there and was made by the same
+    weights, images and crop is not made again. Under torchrun each rank makes its own shards.
+    """
+    folder = ImageFolder(args.encode)
+    names = [str(Path(f).relative_to(args.encode)) for f in folder.files]
+    key = digest(model.digest, args.size, args.sample, names)
+    shards = [range(i, min(i + args.shard, len(folder))) for i in range(0, len(folder), args.shard)]
+    paths = [args.out.with_name(f"{args.out.stem}-{i:05}.safetensors") for i in range(len(shards))]
+    data, sums = Crops(folder, args.size), torch.zeros(2, model.channels, dtype=torch.float64)
+    for shard, path in list(zip(shards, paths))[rank()::world()]:
+        if path.exists():
+            z = load_safetensors(path).get("z")
+            if metadata(path).get("key") != key:
+                raise ValueError(f"{path} holds latents of another model, crop or folder: delete it, or choose another --out")
+        else:
+            steps = [range(i, min(i + args.batch, shard.stop)) for i in range(shard.start, shard.stop, args.batch)]
+            stream = zip(batches(data, steps, len(shard), args, path.stem), steps)
+            z = torch.cat([model.latent(to_float(x.to(model.device)), step.start)[0].half().cpu() for (x, _), step in stream])
+            if not z.isfinite().all():
+                raise ValueError(f"{model.name} makes latents that do not fit fp16, NaN or beyond 65504")
+            save_safetensors({"z": z, "labels": torch.tensor(folder.labels[shard.start:shard.stop])}, path,
+                             {"key": key, "names": json.dumps(names[shard.start:shard.stop])})
+        flat = z.transpose(0, 1).flatten(1).double()                                     # [C,n h w]
+        sums += torch.stack([flat.sum(1), flat.square().sum(1)]) / (flat.shape[1] / len(z))
+    mean, square = all_reduce(sums.to(model.device)).cpu() / len(folder)
+    if rank() == 0:
+        std = (square - mean.square()).clamp(min=0).sqrt()
+        save_safetensors({"mean": mean.float(), "std": std.float()}, args.out,
+                         {"key": key, "model": model.name, "size": str(args.size), "shards": json.dumps([p.name for p in paths])})
+        print(f"{args.out}: mean and std of {len(folder)} latents in {len(shards)} shards beside it")
+
+
+@torch.no_grad()
+def decode_file(model, args):
+    """The images of --decode, an OUT of --encode or one shard, as PNG files in --out. An image that is there is not made again."""
+    paths = [args.decode]
+    if "z" not in load_safetensors(args.decode):
+        paths = [args.decode.with_name(name) for name in json.loads(metadata(args.decode).get("shards", "[]"))]
+    if not paths:
+        raise ValueError(f"{args.decode} holds neither latents z nor a list of shards: name a file that --encode wrote")
+    for path in paths[rank()::world()]:
+        z = load_safetensors(path)["z"]
+        names = json.loads(metadata(path).get("names", json.dumps([f"{path.stem}-{i:06}" for i in range(len(z))])))
+        targets = [args.out / (name if name.endswith(".png") else name + ".png") for name in names]
+        todo = [i for i, target in enumerate(targets) if not target.exists()]
+        for i in tqdm(range(0, len(todo), args.batch), desc=path.stem, unit="batch", disable=rank() != 0):
+            part = todo[i:i + args.batch]
+            for j, image in zip(part, to_uint8(model.decode(z[part].float().to(model.device)))):
+                targets[j].parent.mkdir(parents=True, exist_ok=True)
+                save_png(image.permute(1, 2, 0), targets[j])
+
+
+# ------------------------------------------------------------------ main
+
+def parse(argv):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("models", nargs="+", metavar="MODEL", help="ckpt.pt, diffusers:NAME_OR_FOLDER or FILE.py:FACTORY")
+    p.add_argument("--data", default="data/imagenet/val", metavar="DIR", help="the images to score (class folders for the probe)")
+    p.add_argument("--train", metavar="DIR", default="data/imagenet/train", help="the probe's training images")
+    p.add_argument("--split", choices=["parity"], 
+                   help="score the images at odd positions in each class of --data, train the probe on the even ones instead of --train")
+    p.add_argument("--size", type=int, default=256, help="of the centre crop (default 256)")
+    p.add_argument("--sample", action="store_true", help="draw z from the posterior; default is its mean")
+    p.add_argument("--skip", default="", metavar="A,B", help="leave out some of fid, lpips, probe, curve")
+    p.add_argument("--fid-dims", type=int, default=2048, choices=[64, 192, 768, 2048])
+    p.add_argument("--fid-resize", default="tf1", choices=["tf1", "torch"], help="torch: pytorch-fid's")
+    p.add_argument("--inception", default="weights/pt_inception-2015-12-05-6726825d.pth", metavar="FILE")
+    p.add_argument("--lpips-net", default="vgg", choices=["vgg", "alex", "squeeze"])
+    p.add_argument("--lpips-weights", default="weights/vgg16-397923af.pth", metavar="FILE", help="torchvision's file of that net")
+    p.add_argument("--probe", default="full", choices=["full", "cached", "knn"])
+    p.add_argument("--probe-iterations", type=int, default=12500)
+    p.add_argument("--batch", type=int, default=32, help="images at a time on each device")
+    p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that decode images, for each device")
+    p.add_argument("--out", type=Path, metavar="PATH", help="JSON file (default beside the checkpoint)")
+    p.add_argument("--profile", action="store_true", help="images/s by part")
+    p.add_argument("--encode", metavar="DIR", help="write the latents of the images in DIR to --out FILE.safetensors")
+    p.add_argument("--shard", type=int, default=1024, help="latents in a file of --encode (1024 of 1280x16x16 are 0.7 GB)")
+    p.add_argument("--decode", type=Path, metavar="FILE", help="write the images of latents to the folder --out")
+    p.add_argument("--overfit", nargs="+", metavar="IMAGE", help="train a DiT on the latent of each image; --out is a folder (runs/overfit)")
+    p.add_argument("--target", default="v", choices=["v", "x"], help="what the DiT predicts; the loss is of v either way")
+    p.add_argument("--dit-width", type=int, default=384)
+    p.add_argument("--dit-depth", type=int, default=12)
+    p.add_argument("--dit-steps", type=int, default=1200)
+    p.add_argument("--dit-batch", type=int, default=32)
+    p.add_argument("--dit-lr", type=float, default=2e-4)
+    args = p.parse_args(argv)
+    args.skip = set(filter(None, args.skip.split(",")))
+    if args.skip - {"fid", "lpips", "probe", "curve"}:
+        p.error(f"--skip takes fid, lpips, probe and curve, not {','.join(sorted(args.skip))}")
+    if args.size < 16 or min(args.batch, args.probe_iterations) < 1 or args.workers < 0:
+        p.error("--size must be 16 or more, --batch and --probe-iterations 1 or more, --workers 0 or more")
+    modes = [m for m in ("encode", "decode", "overfit") if getattr(args, m)]
+    if len(modes) > 1 or len(args.models) > 1 and not args.overfit and (modes or args.out):
+        p.error("give one of --encode, --decode, --overfit; these and --out FILE.json go with one model, except --overfit")
+    if (args.encode or args.decode) and not args.out:
+        p.error("--encode needs --out FILE.safetensors, --decode needs --out DIR")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    if "RANK" in os.environ:                    # torchrun
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    # fp32 means fp32: TF32 alone moves an rFID in the third digit
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        if args.overfit:
+            overfit_all(args, device)
+        elif args.encode or args.decode:
+            model = load_model(args.models[0], args.size, device, args.sample)
+            (encode_folder if args.encode else decode_file)(model, args)
+        else:
+            score_all(args, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def overfit_all(args, device):
+    """--overfit: every model on every image."""
+    if world() > 1:
+        raise ValueError("--overfit trains on one device: run it without torchrun")
+    if "curve" not in args.skip and not importlib.util.find_spec("matplotlib"):
+        raise ValueError("--overfit draws its curve with matplotlib: install this project's extra `plot`, or pass --skip curve")
+    folder = args.out or Path("runs/overfit")
+    models = [load_model(spec, args.size, device, args.sample) for spec in args.models]
+    runs = [overfit(model, path, args, folder) for model in models for path in args.overfit]
+    compare_overfits(runs, folder, "curve" not in args.skip)
+
+
+def score_all(args, device):
+    """Score every model on the command line: a JSON and a grid for each, one table at the end."""
+    test, train, lpips, inception, rows = ImageFolder(args.data, split="odd" if args.split else "all"), None, None, None, []
+    if "probe" not in args.skip:
+        train = ImageFolder(args.data, split="even") if args.split else ImageFolder(args.train)
+    if "lpips" not in args.skip:
+        if not Path(args.lpips_weights).is_file():
+            raise ValueError(f"there is no LPIPS trunk {args.lpips_weights}: ./weights.sh --only vgg16 fetches it, "
+                             "--skip lpips goes without")
+        lpips = LPIPS(args.lpips_net, args.lpips_weights).to(device)
+    if "fid" not in args.skip:
+        inception = FIDInception(args.inception, args.fid_dims, args.fid_resize).to(device)
+    for spec in args.models:
+        model = load_model(spec, args.size, device, args.sample)
+        beside = Path(spec).with_suffix(".eval.json") if isinstance(model.model, SAE) else Path("runs") / slug(spec) / "eval.json"
+        out = args.out or beside
+        out.parent.mkdir(parents=True, exist_ok=True)
+        result = {"model": spec, "weights_sha256": model.digest} | score(model, test, lpips, inception, args)
+        if train:
+            result |= probe(model, train, test, args, out.parent)
+        result["protocol"] = protocol(model, args)
+        if rank() == 0:
+            write_grid(model, test, args.size, out.with_suffix(".png"))
+            write(out, lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
+            rows.append({f"probe {kind}": right for kind, right in result.get("probe", {}).items()} | result)
+    if rank() == 0:
+        print_table(rows, {"images": 0, "probe cls+patch": 2, "probe patch": 2, "probe mu": 2, "psnr": 2, "ssim": 4, "lpips": 4, "rfid": 3})
+        for line in [r["warning"] for r in rows if "warning" in r] + [f"{k}: {v}" for k, v in rows[-1]["protocol"].items()]:
+            print(" ", line)
+
+
+def protocol(model, args):
+    """What the numbers mean: printed under the table and kept in the JSON."""
+    z = "drawn from the posterior" if args.sample else "the posterior's mean, where there is a posterior"
+    lines = {"images": f"{args.data}{', odd positions of each class' if args.split else ''}: ADM centre crop {args.size}, "
+                       "both sides rounded to uint8",
+             "model": f"{'EMA weights, ' if isinstance(model.model, SAE) else ''}z {z}, fp32",
+             "psnr": "RGB, range 255, mean over images", "ssim": "11 taps, sigma 1.5, per channel, reflect padding, full map"}
+    if "lpips" not in args.skip:
+        lines["lpips"] = f"{args.lpips_net}, version 0.1"
+    if "fid" not in args.skip:
+        lines["rfid"] = f"{args.fid_dims} features of {Path(args.inception).name}, {args.fid_resize} resize to 299, fp32"
+    if "probe" not in args.skip:
+        heads = f"{args.probe_iterations} iterations, the learning rate chosen on a tenth of the training images"
+        lines["probe"] = {"knn": "k-NN, k 10, T 0.07, on centre crops", "cached": f"linear, on centre crops, {heads}",
+                          "full": f"linear, on random crops, {heads}"}[args.probe]
+    lines["versions"] = f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
+    return lines
+
+
+def print_table(rows, columns):
+    """One line a row: its model, then the columns {key: digits}, those that no row has left out."""
+    columns = {key: digits for key, digits in columns.items() if any(key in r for r in rows)}
+    print(f"{'model':40}", *(f"{key:>{len(key) + 2}}" for key in columns))
+    for r in rows:
+        cells = (f"{r[key]:.{digits}f}" if key in r else "-" for key, digits in columns.items())
+        print(f"{r['model'][-40:]:40}", *(f"{cell:>{len(key) + 2}}" for key, cell in zip(columns, cells)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"eval.py: {error}")

@@ -1,0 +1,248 @@
+"""The encoder against transformers and timm, and the autoencoder's shapes and promises."""
+import copy
+import re
+
+import pytest
+import torch
+
+import sae
+from sae import SAE, DINOv3, DINOv3Config, SAEConfig
+
+timm = pytest.importorskip("timm")
+transformers = pytest.importorskip("transformers")
+from safetensors.torch import save_file  # noqa: E402
+
+# name: width, depth, heads, MLP hidden, gated, biases on Q and V. Full depth for S and S+, two blocks for the rest.
+SIZES = {
+    "S": (384, 12, 6, 1536, False, True), "S+": (384, 12, 6, 1536, True, True), "B": (768, 2, 12, 3072, False, True),
+    "L": (1024, 2, 16, 4096, False, True), "L+": (1024, 2, 16, 4096, True, True), "H+": (1280, 2, 20, 5120, True, True),
+    "7B": (4096, 2, 32, 8192, True, False),
+}
+SQUARE, WIDE = (64, 64), (48, 112)
+
+
+def hugging_face(size, depth=None, seed=0):
+    """transformers' model of that size, all its parameters random (its own initialisation zeroes most biases)."""
+    width, full, heads, hidden, gated, bias = SIZES[size]
+    cfg = transformers.DINOv3ViTConfig(
+        hidden_size=width, num_hidden_layers=depth or full, num_attention_heads=heads, intermediate_size=hidden, use_gated_mlp=gated,
+        hidden_act="silu" if gated else "gelu", num_register_tokens=4, query_bias=bias, value_bias=bias, layerscale_value=0.1)
+    torch.manual_seed(seed)
+    model = transformers.DINOv3ViTModel(cfg).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.02)
+    return model
+
+
+def load(model, tmp_path, rename=lambda n: n):
+    path = tmp_path / "model.safetensors"
+    save_file({rename(n): t.contiguous() for n, t in model.state_dict().items()}, path)
+    return DINOv3.from_pretrained(path)
+
+
+def images(B, H, W, seed=1):
+    """x in [-1,1], and the same under ImageNet's normalisation, which the oracles expect from their caller."""
+    x = torch.rand(B, 3, H, W, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    return x, ((x + 1) / 2 - mean) / std
+
+
+def tokens(model, x):
+    return torch.cat([t if t.dim() == 3 else t[:, None] for t in model(x)], 1)
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_encoder_equals_transformers_in_fp32(size, tmp_path):
+    oracle = hugging_face(size)
+    ours = load(oracle, tmp_path)
+    for H, W in SQUARE, WIDE:
+        x, normalised = images(2, H, W)
+        with torch.no_grad():
+            assert relative(tokens(ours, x), oracle(normalised).last_hidden_state) <= 1e-5
+
+
+@pytest.mark.parametrize("size", ["S", "S+", "H+"])
+def test_gradients_equal_those_of_transformers(size, tmp_path):
+    oracle = hugging_face(size, depth=2)
+    ours = load(oracle, tmp_path)
+    x, normalised = images(2, *WIDE)
+    target = torch.randn(2, 5 + 21, SIZES[size][0], generator=torch.Generator().manual_seed(2))
+    (tokens(ours, x) * target).sum().backward()
+    (oracle(normalised).last_hidden_state * target).sum().backward()
+    theirs, _ = sae.read_dinov3({n: p.grad for n, p in oracle.named_parameters() if p.grad is not None}, "gradients", torch.float32)[::-1]
+    for name, p in ours.named_parameters():
+        assert relative(p.grad, theirs[name]) <= 1e-4, name
+
+
+@pytest.mark.parametrize("size", ["S", "H+"])
+def test_bf16_error_is_at_most_twice_that_of_transformers(size, tmp_path):
+    oracle = hugging_face(size, depth=4)
+    ours = load(oracle, tmp_path)
+    x, normalised = images(2, *SQUARE)
+    with torch.no_grad():
+        exact = oracle(normalised).last_hidden_state
+        error = relative(tokens(ours.bfloat16(), x), exact)
+        assert error <= 2 * relative(oracle.bfloat16()(normalised.bfloat16()).last_hidden_state, exact)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb", "vit_small_plus_patch16_dinov3_qkvb",
+                                  "vit_huge_plus_patch16_dinov3", "vit_7b_patch16_dinov3"])
+def test_encoder_equals_timm_in_fp32(name, tmp_path):
+    torch.manual_seed(0)
+    oracle = timm.create_model(name, pretrained=False, depth=12 if "small" in name else 2).eval()
+    with torch.no_grad():
+        for p in oracle.parameters():
+            p.add_(torch.randn_like(p), alpha=0.02)
+    ours = load(oracle, tmp_path)
+    for H, W in SQUARE, WIDE:
+        x, normalised = images(2, H, W)
+        with torch.no_grad():
+            assert relative(tokens(ours, x), oracle.forward_features(normalised)) <= 1e-5
+
+
+@pytest.mark.slow
+def test_full_h_plus_equals_transformers(tmp_path):
+    oracle = hugging_face("H+", depth=32)
+    ours = load(oracle, tmp_path)
+    x, normalised = images(1, *SQUARE)
+    with torch.no_grad():
+        assert relative(tokens(ours, x), oracle(normalised).last_hidden_state) <= 1e-5
+
+
+def test_both_of_hugging_faces_namings_load_alike(tmp_path):
+    oracle = hugging_face("S", depth=2)
+    a, b = load(oracle, tmp_path), load(oracle, tmp_path, lambda n: n.replace("model.layer.", "layer."))
+    assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def meta_pth(model):
+    """The state dict of `model` as Meta's .pth files have it: packed qkv with a bias mask and NaN under the mask."""
+    names = [("registers", "storage_tokens"), ("patch_embed.", "patch_embed.proj."), (".qkv.", ".attn.qkv."), (".proj.weight", ".attn.proj.weight"),
+             (".proj.bias", ".attn.proj.bias"), (".ls1", ".ls1.gamma"), (".ls2", ".ls2.gamma"), (".mlp.gate.", ".mlp.w1."), (".mlp.up.", ".mlp.w2."),
+             (".mlp.down.", ".mlp.w3.")]
+    out = {"mask_token": torch.zeros(1, model.cfg.width), "rope_embed.periods": torch.ones(16)}
+    for name, t in model.state_dict().items():
+        if name.startswith("blocks") and name.endswith("_bias"):
+            continue
+        for ours, theirs in names if name.startswith("blocks") else names[:2]:
+            name = name.replace(ours, theirs)
+        out[name] = t
+    for i, block in enumerate(model.blocks):
+        nan = torch.full_like(block.q_bias, float("nan"))
+        out[f"blocks.{i}.attn.qkv.bias"] = torch.cat([block.q_bias, nan, block.v_bias]).detach()
+        out[f"blocks.{i}.attn.qkv.bias_mask"] = torch.cat([nan * 0 + 1, nan * 0, nan * 0 + 1]).nan_to_num(1.0).mul_(1)
+        out[f"blocks.{i}.attn.qkv.bias_mask"][model.cfg.width:2 * model.cfg.width] = 0
+    return out
+
+
+def test_metas_pth_loads_with_its_bias_mask_folded(tmp_path):
+    oracle = hugging_face("S+", depth=2)
+    ours = load(oracle, tmp_path)
+    torch.save(meta_pth(ours), tmp_path / "meta.pth")
+    again = DINOv3.from_pretrained(tmp_path / "meta.pth")
+    assert again.cfg == ours.cfg
+    assert all(torch.equal(p, q) for p, q in zip(again.state_dict().values(), ours.state_dict().values(), strict=True))
+
+
+def test_half_precision_files_load_as_fp32(tmp_path):
+    oracle = hugging_face("S", depth=1).half()
+    ours = load(oracle, tmp_path)
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    assert torch.equal(ours.norm.weight, oracle.norm.weight.float())
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t.pop("norm.weight"), "missing norm.weight"),
+    (lambda t: t.update(extra=torch.zeros(1)), "left over extra"),
+    (lambda t: t.update({"norm.bias": torch.zeros(3)}), r"norm.bias is \[3\], not \[384\]"),
+    (lambda t: t.update({"model.layer.0.attention.k_proj.bias": torch.ones(384)}), "left over blocks.0.k_bias"),
+    (lambda t: t.pop("embeddings.cls_token"), "holds no DINOv3 ViT"),
+    (lambda t: t.pop("model.layer.1.attention.q_proj.weight"), r"blocks.1.qkv.weight is \[768, 384\]"),
+])
+def test_a_file_with_missing_or_left_over_tensors_is_refused_by_name(change, words, tmp_path):
+    tensors = hugging_face("S", depth=2).state_dict()
+    change(tensors)
+    save_file(tensors, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=words) as e:
+        DINOv3.from_pretrained(tmp_path / "m.safetensors")
+    assert "m.safetensors" in str(e.value)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    return SAE(SAEConfig(DINOv3Config(64, 2, 64, 128), z_dim=8, widths=(64, 64, 32, 32, 32), blocks=1)).eval()
+
+
+@pytest.mark.parametrize("side", [(32, 40), (0, 32), (33, 32)])
+def test_sides_that_the_patches_do_not_divide_are_refused(side, tiny):
+    with pytest.raises(ValueError, match="multiples of 16"):
+        tiny.encoder(torch.zeros(1, 3, *side))
+
+
+def test_training_mode_moves_no_position(tiny):
+    x, _ = images(1, *WIDE)
+    with torch.no_grad():
+        evaluated = tokens(tiny.encoder, x)
+        trained = tokens(copy.deepcopy(tiny.encoder).train(), x)
+    assert torch.equal(evaluated, trained)
+
+
+def test_checkpointing_changes_no_gradient(tiny):
+    x, _ = images(2, *SQUARE)
+    grads = []
+    for on in False, True:
+        encoder = copy.deepcopy(tiny.encoder)
+        encoder.checkpointing = on
+        tokens(encoder, x).square().sum().backward()
+        grads.append([p.grad for p in encoder.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("f", [16, 32, 64])
+def test_documented_shapes_hold_at_every_f(f):
+    model = SAE(SAEConfig(DINOv3Config(64, 1, 64, 128), f=f, z_dim=8, widths=(64, 32, 32, 32, 32), blocks=1))
+    x, _ = images(2, 64, 128)
+    cls, registers, patches = model.encoder(x)
+    assert (cls.shape, registers.shape, patches.shape) == ((2, 64), (2, 4, 64), (2, 32, 64))
+    q = model.encode(x)
+    assert q.mu.shape == q.logvar.shape == q.sample(0).shape == (2, 8, 64 // f, 128 // f) and q.kl().shape == (2,)
+    assert model.decode(q.mode()).shape == x.shape
+    xhat, kl, student = model(x, seed=0)
+    assert xhat.shape == x.shape and kl.shape == (2,) and torch.equal(student, patches)
+
+
+def test_the_papers_decoder_has_its_five_widths():
+    with torch.device("meta"):
+        model = SAE(SAEConfig())
+    widths = [m.conv2.out_channels for m in model.decoder if isinstance(m, sae.ResBlock)]
+    assert sorted(set(widths), reverse=True) == [1280, 1024, 512, 256, 128] and model.decoder(torch.zeros(1, 1280, 2, 2, device="meta")).shape[2] == 32
+
+
+def test_kl_equals_torch_distributions(tiny):
+    q = tiny.encode(images(3, *SQUARE)[0])
+    normal = torch.distributions.Normal
+    oracle = torch.distributions.kl_divergence(normal(q.mu, (q.logvar / 2).exp()), normal(torch.zeros_like(q.mu), 1.0)).flatten(1).sum(1)
+    assert torch.allclose(q.kl(), oracle, rtol=1e-5)
+
+
+def test_a_checkpoint_gives_back_its_ema(tiny, tmp_path):
+    torch.save({"version": sae.CHECKPOINT_VERSION, "config": sae.asdict(tiny.config), "ema": tiny.state_dict()}, tmp_path / "c.pt")
+    again = SAE.from_pretrained(tmp_path / "c.pt")
+    assert again.config == tiny.config and not any(p.requires_grad for p in again.parameters())
+    x, _ = images(1, *SQUARE)
+    assert torch.equal(again.encode(x).mode(), tiny.encode(x).mode())
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_what_is_no_checkpoint_is_refused_by_name(content, tmp_path):
+    path = tmp_path / "c.pt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        sae.load_checkpoint(path)
