@@ -37,7 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from torchvision.models.inception import (
     BasicConv2d, Inception3, InceptionA, InceptionAux, InceptionB, InceptionC, InceptionD, InceptionE)
 from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
@@ -65,7 +65,7 @@ def all_reduce(t):
 
 
 class Crops(Dataset):
-    """Item i: (uint8 [S,S,3], label) of file i by ADM's centre crop. Item (i, seed): by the probe's random resized crop and flip."""
+    """Item i: (uint8 [S,S,3], label) of file i, ADM's centre crop. Item (i, seed): the probe's random resized crop and flip."""
     def __init__(self, folder, size):
         self.files, self.labels, self.size = folder.files, folder.labels, size
 
@@ -247,7 +247,7 @@ def ssim(x, y):
 # ------------------------------------------------------------------ FID
 
 def tf1_resize(x, size=299):
-    """TensorFlow 1's bilinear resize: output i reads at i * in/out, with no half-pixel shift. fp32 [B,C,H,W] -> [B,C,size,size]."""
+    """TensorFlow 1's bilinear resize, fp32 [B,C,H,W] -> [B,C,size,size]: output i reads at i * in/out, no half-pixel shift."""
     for dim in (2, 3):
         at = torch.arange(size, device=x.device) * (x.shape[dim] / size)
         low = at.long()
@@ -273,7 +273,7 @@ PoolA, PoolC, PoolE = (type(f"Pool{block.__name__[-1]}", (TFPool, block), {}) fo
 
 
 class FIDInception(nn.Module):
-    """The Inception of FID (pt_inception-2015-12-05, torchvision's names, 1008 classes): uint8 [B,3,H,W] -> features [B,dims], fp32.
+    """The Inception of FID (pt_inception-2015-12-05, torchvision's names, 1008 classes): uint8 [B,3,H,W] -> [B,dims] fp32.
 
     dims 64, 192, 768 or 2048: averaged over the positions after the first and second pool, Mixed_6e, Mixed_7c.
     resize "tf1", or "torch" for pytorch-fid's variant. Raises ValueError when the file is another network's.
@@ -295,21 +295,23 @@ class FIDInception(nn.Module):
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def load(self, path):
+        mend = "./weights.sh --only inception fetches it, --skip fid goes without"
         if not path.is_file():
-            raise ValueError(f"there is no FID Inception {path}: ./weights.sh --only inception fetches it, --skip fid goes without")
+            raise ValueError(f"there is no FID Inception {path}: {mend}")
         try:
-            tensors = load_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+            file = load_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} is not a weights file of torch, or a damaged one: ./weights.sh --only inception fetches it") from error
-        found = {key.replace("branch_pool", "tf_pool"): t for key, t in tensors.items()}
+            raise ValueError(f"{path} is not a weights file of torch, or a damaged one: {mend}") from error
+        found = {key.replace("branch_pool", "tf_pool"): t for key, t in file.items()}
         wanted = self.net.state_dict()
         wrong = [key for key, t in wanted.items() if t.dim() and (key not in found or found[key].shape != t.shape)]
         # torchvision's own Inception has the same names and other weights: its 1000 classes give it away.
         classes = len(found["fc.weight"]) if "fc.weight" in found else 1008
         if wrong or classes != 1008:
             what = f"no {wrong[0].replace('tf_pool', 'branch_pool')} of its shape" if wrong else f"{classes} classes, not 1008"
-            raise ValueError(f"{path} is not the FID Inception for {self.dims} features ({what}): ./weights.sh --only inception fetches it")
-        self.net.load_state_dict({key: found.get(key, t) for key, t in wanted.items()})  # older files lack the counters of batches
+            raise ValueError(f"{path} is not the FID Inception for {self.dims} features ({what}): {mend}")
+        # the counters of batches, which older files lack, keep their zero
+        self.net.load_state_dict({key: found.get(key, t) for key, t in wanted.items()})
 
     def forward(self, x):
         x = x.float()
@@ -383,7 +385,7 @@ class Heads(nn.Module):
 
 
 def draws(n, batch, iterations, start=0):
-    """Batches start .. iterations-1 of endless permutations of 0 .. n-1: this rank's part of each, as (index, number of the draw)."""
+    """This rank's part of the batches start .. iterations-1 of endless permutations of 0 .. n-1: lists of (index, draw)."""
     endless = itertools.chain.from_iterable(np.random.default_rng([0, epoch]).permutation(n) for epoch in itertools.count())
     numbered = zip(endless, itertools.count())
     for i in range(iterations):
@@ -425,7 +427,8 @@ def score_heads(heads, stream):
     sums = {kind: torch.zeros(3, len(RATES), dtype=torch.float64, device=next(heads.parameters()).device) for kind in heads.kinds}
     for features, labels in stream:
         for kind, logits in heads(features).items():
-            loss = F.cross_entropy(logits.permute(1, 2, 0), labels[:, None].expand(-1, len(RATES)), reduction="none")       # [B,R]
+            target = labels[:, None].expand(-1, len(RATES))
+            loss = F.cross_entropy(logits.permute(1, 2, 0), target, reduction="none")    # [B,R]
             sums[kind] += torch.stack([(logits.argmax(-1) == labels).sum(1), loss.sum(0), torch.full_like(loss[0], len(labels))])
     totals = {kind: all_reduce(t).cpu() for kind, t in sums.items()}
     return {kind: (100 * right / n, loss / n) for kind, (right, loss, n) in totals.items()}
@@ -455,7 +458,7 @@ def digest(*values):
 
 
 def feature_file(model, sets, embed, args, folder):
-    """The features of all images of `sets`, one after the other: a read-only fp16 memory map [n,D].
+    """The features of all images of `sets`, one after the other: a memory-mapped fp16 tensor [n,D].
 
     The file's name holds a hash of weights, images (path, size, time) and crop: it is reused when all agree, and an interrupted
     pass goes on where it stopped. Under torchrun every rank writes its own rows, so all must see the same folder.
@@ -486,18 +489,7 @@ def feature_file(model, sets, embed, args, folder):
         if rank() == 0:
             os.replace(part, path)
         barrier()
-    return np.load(path, mmap_mode="r")
-
-
-class Rows(Dataset):
-    """Rows of the feature file in the place of Crops: item i or (i, seed) -> (fp16 [D], label)."""
-
-    def __init__(self, rows, labels):
-        self.rows, self.labels = rows, labels
-
-    def __getitem__(self, item):
-        i = item[0] if isinstance(item, tuple) else item
-        return torch.from_numpy(np.array(self.rows[i])), self.labels[i]
+    return torch.from_numpy(np.load(path, mmap_mode="c"))                                # copy on write: the file stays as it is
 
 
 def probe(model, train, test, args, folder):
@@ -507,8 +499,8 @@ def probe(model, train, test, args, folder):
     heads on one centre crop an image; knn. The learning rate is chosen on a tenth of *train* (DINOv3 chooses it on test).
     """
     if train.classes != test.classes or len(train.classes) < 2:
-        raise ValueError(f"the probe needs the same two or more class folders to train and to test on, not {len(train.classes)} and "
-                         f"{len(test.classes)}: pass --train DIR or --split parity, or --skip probe")
+        raise ValueError(f"the probe needs the same two or more class folders to train and to test on, not {len(train.classes)} "
+                         f"and {len(test.classes)}: pass --train DIR or --split parity, or --skip probe")
     device, n, classes = model.device, len(train), len(train.classes)
     centre, test_data = Crops(train, args.size), Crops(test, args.size)
     held, kept = np.arange(n)[HOLD - 1::HOLD], np.delete(np.arange(n), np.s_[HOLD - 1::HOLD])
@@ -533,17 +525,18 @@ def probe(model, train, test, args, folder):
 
     if args.probe != "full":
         rows = feature_file(model, [centre, test_data], embed, args, folder)
-        centre, test_data = Rows(rows[:n], train.labels), Rows(rows[n:], test.labels)
+        centre = TensorDataset(rows[:n], torch.tensor(train.labels))
+        test_data = TensorDataset(rows[n:], torch.tensor(test.labels))
     tests = every(test_data, np.arange(len(test)), "probe test")
     if args.probe == "knn":
-        bank = torch.from_numpy(np.array(rows[:n])).to(device).float()
-        found = knn_accuracy(bank, torch.tensor(train.labels, device=device), tests, model.kinds, classes)
+        found = knn_accuracy(rows[:n].to(device).float(), torch.tensor(train.labels, device=device), tests, model.kinds, classes)
         return {"probe": {kind: v[10] for kind, v in found.items()}, "probe_k20": {kind: v[20] for kind, v in found.items()}}
 
     batch = min(PROBE_BATCH, len(kept))
 
     def training(start):
-        indices = ([(kept[i], draw) for i, draw in drawn] for drawn in draws(len(kept), batch, args.probe_iterations, start))
+        drawn = draws(len(kept), batch, args.probe_iterations, start)
+        indices = ([(kept[i], draw) if args.probe == "full" else kept[i] for i, draw in part] for part in drawn)
         return stream(centre, indices, (args.probe_iterations - start) * batch // world(), "probe")
 
     torch.manual_seed(0)
@@ -565,7 +558,7 @@ def probe(model, train, test, args, folder):
 
 @torch.no_grad()
 def score(model, folder, lpips, inception, args):
-    """PSNR, SSIM, LPIPS, rFID and the latent's statistics over the images of `folder`, in one pass; {} on all ranks but the first."""
+    """PSNR, SSIM, LPIPS, rFID and the latent's statistics over `folder`, in one pass; {} on all ranks but the first."""
     device, data, began, seconds = model.device, Crops(folder, args.size), time.perf_counter(), defaultdict(float)
 
     def timed(part, function, *inputs):
@@ -770,15 +763,16 @@ def overfit(model, path, args, folder):
         if step % max(1, args.dit_steps // 20) == 0 or step == args.dit_steps:
             report(step)
     floor = max(0.0, (n - args.dit_width) / n) if args.target == "v" else 0.0
-    return {"model": model.name, "image": str(path), "n": n, "tokens": N, "width": args.dit_width, "target": args.target, "floor": floor,
-            "reconstruction_psnr": psnr(to_uint8(x), to_uint8(clean)).item(), "records": records}
+    return {"model": model.name, "image": str(path), "n": n, "tokens": N, "width": args.dit_width, "target": args.target,
+            "floor": floor, "reconstruction_psnr": psnr(to_uint8(x), to_uint8(clean)).item(), "records": records}
 
 
 def compare_overfits(runs, folder, curve):
     """A table of the last losses, the two rankings, overfit.json and, when `curve`, curve.png."""
     last = [r | r["records"][-1] for r in runs]
-    print_table(last, {"n": 0, "floor": 4, "latent_loss": 4, "rgb_l1": 4, "rgb_psnr": 2, "sample_psnr": 2, "reconstruction_psnr": 2})
-    ranking = {key: [f"{r['model']} {r['image']}" for r in sorted(last, key=lambda r: r[key])] for key in ("latent_loss", "rgb_l1")}
+    losses = {"latent_loss": 4, "rgb_l1": 4}
+    print_table(last, {"n": 0, "floor": 4} | losses | {"rgb_psnr": 2, "sample_psnr": 2, "reconstruction_psnr": 2})
+    ranking = {key: [f"{r['model']} {r['image']}" for r in sorted(last, key=lambda r: r[key])] for key in losses}
     for key, order in ranking.items():
         print(f"  best to worst by {key}: {', '.join(order)}")
     write(folder / "overfit.json", lambda part: part.write_text(json.dumps({"runs": runs, "ranking": ranking}, indent=1) + "\n"))
@@ -844,7 +838,7 @@ def encode_folder(model, args):
 
 @torch.no_grad()
 def decode_file(model, args):
-    """The images of --decode, an OUT of --encode or one shard, as PNG files in --out. An image that is there is not made again."""
+    """The images of --decode, an OUT of --encode or one shard, as PNGs in --out. An image that is there is not made again."""
     paths = [args.decode]
     if "z" not in load_safetensors(args.decode):
         paths = [args.decode.with_name(name) for name in json.loads(metadata(args.decode).get("shards", "[]"))]
@@ -870,7 +864,7 @@ def parse(argv):
     p.add_argument("--data", default="data/imagenet/val", metavar="DIR", help="the images to score (class folders for the probe)")
     p.add_argument("--train", metavar="DIR", default="data/imagenet/train", help="the probe's training images")
     p.add_argument("--split", choices=["parity"], 
-                   help="score the images at odd positions in each class of --data, train the probe on the even ones instead of --train")
+                   help="score the images at odd positions in each class of --data, and train the probe on the even ones")
     p.add_argument("--size", type=int, default=256, help="of the centre crop (default 256)")
     p.add_argument("--sample", action="store_true", help="draw z from the posterior; default is its mean")
     p.add_argument("--skip", default="", metavar="A,B", help="leave out some of fid, lpips, probe, curve")
@@ -888,7 +882,7 @@ def parse(argv):
     p.add_argument("--encode", metavar="DIR", help="write the latents of the images in DIR to --out FILE.safetensors")
     p.add_argument("--shard", type=int, default=1024, help="latents in a file of --encode (1024 of 1280x16x16 are 0.7 GB)")
     p.add_argument("--decode", type=Path, metavar="FILE", help="write the images of latents to the folder --out")
-    p.add_argument("--overfit", nargs="+", metavar="IMAGE", help="train a DiT on the latent of each image; --out is a folder (runs/overfit)")
+    p.add_argument("--overfit", nargs="+", metavar="IMAGE", help="train a DiT on each latent; --out is a folder (runs/overfit)")
     p.add_argument("--target", default="v", choices=["v", "x"], help="what the DiT predicts; the loss is of v either way")
     p.add_argument("--dit-width", type=int, default=384)
     p.add_argument("--dit-depth", type=int, default=12)
@@ -914,6 +908,8 @@ def main(argv=None):
     if "RANK" in os.environ:                    # torchrun
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)           # what NCCL and its barrier take
     # fp32 means fp32: TF32 alone moves an rFID in the third digit
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
@@ -967,7 +963,8 @@ def score_all(args, device):
             write(out, lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
             rows.append({f"probe {kind}": right for kind, right in result.get("probe", {}).items()} | result)
     if rank() == 0:
-        print_table(rows, {"images": 0, "probe cls+patch": 2, "probe patch": 2, "probe mu": 2, "psnr": 2, "ssim": 4, "lpips": 4, "rfid": 3})
+        print_table(rows, {"images": 0, "probe cls+patch": 2, "probe patch": 2, "probe mu": 2,
+                           "psnr": 2, "ssim": 4, "lpips": 4, "rfid": 3})
         for line in [r["warning"] for r in rows if "warning" in r] + [f"{k}: {v}" for k, v in rows[-1]["protocol"].items()]:
             print(" ", line)
 
