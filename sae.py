@@ -38,29 +38,29 @@ from torch.utils.weak import WeakTensorKeyDictionary
 def load_csrc(so, sources):
     """Load the extension `so`: None, or the sentence that says why it is not used. `sources` is the folder that it was built from."""
     if not so.exists():
-        return f'{so.name} is not beside sae.py'
+        return f"{so.name} is not beside sae.py"
     try:
         torch.ops.load_library(so)
     except OSError as error:
-        return f'{so.name} does not load ({error})'
+        return f"{so.name} does not load ({error})"
     crc = 0
     for path in sorted(sources.iterdir()) if sources.is_dir() else ():
-        crc = zlib.crc32(path.name.encode() + b'\0' + path.read_bytes(), crc)
+        crc = zlib.crc32(path.name.encode() + b"\0" + path.read_bytes(), crc)
     if crc not in (0, torch.ops.sae.source_crc()):
-        return f'{so.name} is older than csrc/'
+        return f"{so.name} is older than csrc/"
     if torch.cuda.is_available() and not torch.ops.sae.has_cuda():
-        return f'{so.name} was built without CUDA'
+        return f"{so.name} was built without CUDA"
     return None
 
 
 HERE = Path(__file__).resolve().parent
-NO_CSRC = load_csrc(HERE / 'sae_csrc.so', HERE / 'csrc')
-if NO_CSRC and os.environ.get('LOCAL_RANK', '0') == '0':
-    print(f'sae: {NO_CSRC}: the slower reference ops serve; `pip install --no-build-isolation -e .` builds it', file=sys.stderr)
+NO_CSRC = load_csrc(HERE / "sae_csrc.so", HERE / "csrc")
+if NO_CSRC and os.environ.get("LOCAL_RANK", "0") == "0":
+    print(f"sae: {NO_CSRC}: the slower reference ops serve; `pip install --no-build-isolation -e .` builds it", file=sys.stderr)
 
 
 def in_csrc(x):
-    return NO_CSRC is None and x.device.type in ('cpu', 'cuda') and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return NO_CSRC is None and x.device.type in ("cpu", "cuda") and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def wide(x):
@@ -92,14 +92,14 @@ def attention(qkv, rope, prefix):
     """
     rows, cols = rope
     if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] % 4:
-        raise ValueError(f'attention: qkv is {list(qkv.shape)}, not [B, N, 3, H, d] with d a multiple of 4')
+        raise ValueError(f"attention: qkv is {list(qkv.shape)}, not [B, N, 3, H, d] with d a multiple of 4")
     d = qkv.shape[4]
     if rows.shape[1:] != (d // 4, 2) or cols.shape[1:] != (d // 4, 2) or prefix < 0 or qkv.shape[1] != prefix + len(rows) * len(cols):
-        raise ValueError(f'attention: N {qkv.shape[1]} and d {d} of qkv do not fit prefix {prefix} and rope tables {list(rows.shape)}, '
-                         f'{list(cols.shape)}; N is prefix + h w, the tables come from rope_tables(h, w, d)')
+        raise ValueError(f"attention: N {qkv.shape[1]} and d {d} of qkv do not fit prefix {prefix} and rope tables {list(rows.shape)}, "
+                         f"{list(cols.shape)}; N is prefix + h w, the tables come from rope_tables(h, w, d)")
     if not rows.device == cols.device == qkv.device or not rows.dtype == cols.dtype == torch.float32:
-        raise ValueError(f'attention: rope tables are {rows.dtype} on {rows.device}, {cols.dtype} on {cols.device}; '
-                         f'they must be torch.float32 on {qkv.device}')
+        raise ValueError(f"attention: rope tables are {rows.dtype} on {rows.device}, {cols.dtype} on {cols.device}; "
+                         f"they must be torch.float32 on {qkv.device}")
     if in_csrc(qkv) and d == 64 and qkv.shape[1]:
         return torch.ops.sae.attention(qkv, rows, cols, prefix)[0]
     return attention_reference(qkv, rope, prefix)
@@ -150,10 +150,10 @@ def reparameterize(mu, logvar, seed, offset=0):
     CPU and GPU draw the same eps, bit for bit; `philox_normal` agrees to a few ulp. Raises ValueError for a pair that does not match.
     """
     if mu.shape != logvar.shape or mu.dtype != logvar.dtype or mu.device != logvar.device or mu.dim() < 2:
-        raise ValueError(f'reparameterize: mu is {list(mu.shape)} {mu.dtype} {mu.device} and logvar {list(logvar.shape)} {logvar.dtype} '
-                         f'{logvar.device}; they must be alike, [B, ...]')
+        raise ValueError(f"reparameterize: mu is {list(mu.shape)} {mu.dtype} {mu.device} and logvar {list(logvar.shape)} {logvar.dtype} "
+                         f"{logvar.device}; they must be alike, [B, ...]")
     if not 0 <= seed < 2 ** 63 or not 0 <= offset < 2 ** 63:
-        raise ValueError(f'reparameterize: seed {seed} and offset {offset} must be in 0 .. 2^63-1')
+        raise ValueError(f"reparameterize: seed {seed} and offset {offset} must be in 0 .. 2^63-1")
     if in_csrc(mu):
         return torch.ops.sae.reparameterize(mu, logvar, seed, offset)
     return reparameterize_reference(mu, logvar, seed, offset)
@@ -173,8 +173,8 @@ def feature_mse(student, teacher):
     Deterministic. Raises ValueError when the shapes or devices differ; of two dtypes the wider one is taken.
     """
     if student.shape != teacher.shape or student.device != teacher.device:
-        raise ValueError(f'feature_mse: student is {list(student.shape)} on {student.device} and teacher {list(teacher.shape)} on '
-                         f'{teacher.device}; they must be alike')
+        raise ValueError(f"feature_mse: student is {list(student.shape)} on {student.device} and teacher {list(teacher.shape)} on "
+                         f"{teacher.device}; they must be alike")
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     student, teacher = student.to(dtype), teacher.detach().to(dtype)
     return torch.ops.sae.feature_mse(student, teacher) if in_csrc(student) else feature_mse_reference(student, teacher)
@@ -193,23 +193,23 @@ def register_csrc():
             ctx.numbers = [x for x in inputs if not isinstance(x, torch.Tensor)]
             ctx.save_for_backward(*saved(inputs, output))
 
-        torch.library.register_fake(f'sae::{name}', shape)
-        torch.library.register_fake(f'sae::{name}_backward', shape_of_gradient)
-        torch.library.register_autograd(f'sae::{name}', gradient, setup_context=setup_context)
+        torch.library.register_fake(f"sae::{name}", shape)
+        torch.library.register_fake(f"sae::{name}_backward", shape_of_gradient)
+        torch.library.register_autograd(f"sae::{name}", gradient, setup_context=setup_context)
 
-    register('attention',
+    register("attention",
              lambda qkv, rows, cols, prefix: (qkv.new_empty(*qkv.shape[:2], qkv.shape[3] * qkv.shape[4]),
                                               qkv.new_empty(qkv.shape[0], qkv.shape[3], qkv.shape[1], dtype=torch.float32)),
              lambda dout, qkv, *_: torch.empty_like(qkv, memory_format=torch.contiguous_format),
              lambda inputs, output: (*inputs[:3], *output),                              # qkv, rows, cols, out, lse
              lambda ctx, dout, dlse: (csrc.attention_backward(dout, *ctx.saved_tensors, *ctx.numbers), None, None, None))
-    register('reparameterize',
+    register("reparameterize",
              lambda mu, logvar, seed, offset: (torch.empty_like(mu, memory_format=torch.contiguous_format),
                                                mu.new_empty(mu.shape[0], dtype=torch.float32)),
              lambda dz, dkl, mu, *_: tuple(torch.empty_like(mu, memory_format=torch.contiguous_format) for _ in range(2)),
              lambda inputs, output: inputs[:2],                                          # mu, logvar; eps is drawn again
              lambda ctx, dz, dkl: (*csrc.reparameterize_backward(dz, dkl, *ctx.saved_tensors, *ctx.numbers), None, None))
-    register('feature_mse',
+    register("feature_mse",
              lambda student, teacher: student.new_empty([], dtype=torch.float32),
              lambda dloss, student, teacher: torch.empty_like(student, memory_format=torch.contiguous_format),
              lambda inputs, output: inputs,

@@ -23,11 +23,11 @@ from transformers.models.dinov3_vit import modeling_dinov3_vit as oracle
 import sae
 
 ROOT = Path(sae.__file__).resolve().parent
-DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-built = pytest.mark.skipif(sae.NO_CSRC is not None, reason=f'csrc is not in use: {sae.NO_CSRC}')
-device = pytest.mark.parametrize('device', DEVICES)
-dtype = pytest.mark.parametrize('dtype', DTYPES, ids=lambda d: str(d)[6:])
+built = pytest.mark.skipif(sae.NO_CSRC is not None, reason=f"csrc is not in use: {sae.NO_CSRC}")
+device = pytest.mark.parametrize("device", DEVICES)
+dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 
 
 def relative(x, y):
@@ -41,7 +41,7 @@ def half_ulp(dtype):
 
 # ------------------------------------------------------------------ attention
 
-def packed(B, N, H, d=64, dtype=torch.float32, device='cpu', seed=0):
+def packed(B, N, H, d=64, dtype=torch.float32, device="cpu", seed=0):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(B, N, 3, H, d, generator=g).to(device, dtype)
 
@@ -62,7 +62,7 @@ def with_gradient(f, qkv, dtype, dout):
     return out.detach(), x.grad
 
 
-@pytest.mark.parametrize('h, w', [(16, 16), (3, 7)])
+@pytest.mark.parametrize("h, w", [(16, 16), (3, 7)])
 def test_rope_tables_equal_transformers(h, w):
     rows, cols = sae.rope_tables(h, w)
     cos, sin = oracle.DINOv3ViTRopePositionEmbedding(DINOv3ViTConfig(hidden_size=384, num_attention_heads=6)).eval()(torch.empty(1, 3, 16 * h, 16 * w))
@@ -73,7 +73,7 @@ def test_rope_tables_equal_transformers(h, w):
 
 @device
 @dtype
-@pytest.mark.parametrize('B, H, h, w, prefix', [(2, 3, 16, 16, 5), (1, 2, 3, 5, 1), (3, 1, 1, 1, 0), (1, 1, 4, 4, 0), (1, 2, 17, 17, 5), (1, 1, 32, 32, 5)])
+@pytest.mark.parametrize("B, H, h, w, prefix", [(2, 3, 16, 16, 5), (1, 2, 3, 5, 1), (3, 1, 1, 1, 0), (1, 1, 4, 4, 0), (1, 2, 17, 17, 5), (1, 1, 32, 32, 5)])
 def test_attention_errs_at_most_twice_and_its_gradient_three_times_as_much_as_pytorch(device, dtype, B, H, h, w, prefix):
     qkv, rope = packed(B, prefix + h * w, H, dtype=dtype, device=device), sae.rope_tables(h, w, device=device)
     dout = torch.randn(B, prefix + h * w, H * 64, generator=torch.Generator().manual_seed(1)).to(device, dtype)
@@ -90,7 +90,7 @@ def test_attention_errs_at_most_twice_and_its_gradient_three_times_as_much_as_py
             assert relative(ours[1][:, :, j], expected[1][:, :, j]) <= 3 * relative(pytorch[1][:, :, j], expected[1][:, :, j]) + half_ulp(dtype)
 
 
-@pytest.mark.parametrize('d', [64, 128])
+@pytest.mark.parametrize("d", [64, 128])
 def test_attention_passes_gradcheck_in_float64_and_serves_other_head_widths(d):
     qkv, rope = packed(1, 5, 2, d, torch.float64).requires_grad_(), sae.rope_tables(2, 2, d)
     assert torch.autograd.gradcheck(lambda x: sae.attention(x, rope, 1), qkv, fast_mode=True)
@@ -130,7 +130,7 @@ def test_an_empty_batch_gives_an_empty_output(device, dtype):
 
 
 @device
-@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @built                                                        # torch's own SDPA loses a NaN of Q on the CPU
 def test_nan_and_inf_spread_as_in_pytorch(device, value):
     rope = sae.rope_tables(3, 4, device=device)
@@ -159,11 +159,11 @@ def test_the_largest_scores_do_not_overflow(device):
 
 # ------------------------------------------------------------------ Gaussian
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope="session")
 def philox_words(tmp_path_factory):
     """(seed, first block, blocks) -> words [blocks, 4] of torch's at::philox_engine."""
-    folder = tmp_path_factory.mktemp('philox')
-    (folder / 'philox.cpp').write_text('''
+    folder = tmp_path_factory.mktemp("philox")
+    (folder / "philox.cpp").write_text('''
 #include <ATen/core/PhiloxRNGEngine.h>
 #include <cstdio>
 #include <cstdlib>
@@ -172,19 +172,19 @@ int main(int, char** argv) {
   for (long i = 0; i < 4 * std::atol(argv[3]); ++i) std::printf("%u\\n", engine());
 }''')
     torch_home = Path(torch.__file__).parent
-    subprocess.run(['g++', '-std=c++20', '-w', f'-I{torch_home}/include', folder / 'philox.cpp', f'-L{torch_home}/lib', '-lc10', f'-Wl,-rpath,{torch_home}/lib',
-                    '-o', folder / 'philox'], check=True)
+    subprocess.run(["g++", "-std=c++20", "-w", f"-I{torch_home}/include", folder / "philox.cpp", f"-L{torch_home}/lib", "-lc10", f"-Wl,-rpath,{torch_home}/lib",
+                    "-o", folder / "philox"], check=True)
 
     def words(seed, block, blocks):
-        r = subprocess.run([folder / 'philox', str(seed), str(block), str(blocks)], capture_output=True, text=True, check=True)
+        r = subprocess.run([folder / "philox", str(seed), str(block), str(blocks)], capture_output=True, text=True, check=True)
         return np.array(r.stdout.split(), np.uint64).reshape(-1, 4)
 
     return words
 
 
-@pytest.mark.skipif(not shutil.which('g++'), reason="no g++: torch's Philox engine cannot be compiled")
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++: torch's Philox engine cannot be compiled")
 @device
-@pytest.mark.parametrize('seed, offset', [(0, 0), (1234567890123456789, 0), (2 ** 32 - 1, 2 ** 34 - 8), (7, 2 ** 40 + 4)])
+@pytest.mark.parametrize("seed, offset", [(0, 0), (1234567890123456789, 0), (2 ** 32 - 1, 2 ** 34 - 8), (7, 2 ** 40 + 4)])
 def test_noise_is_box_muller_of_the_words_of_torchs_philox_engine(device, philox_words, seed, offset):
     u = (philox_words(seed, offset // 4, 1000).astype(np.float64) + 0.5) / 2 ** 32
     radius, angle = np.sqrt(-2 * np.log(u[:, ::2])), 2 * np.pi * u[:, 1::2]
@@ -199,13 +199,13 @@ def test_noise_is_box_muller_of_the_words_of_torchs_philox_engine(device, philox
 def test_noise_is_standard_normal_and_seeds_are_independent(device):
     zero = torch.zeros(1, 1 << 18, device=device)
     x, y = (sae.reparameterize(zero, zero, seed)[0][0].cpu().double().numpy() for seed in (11, 12))
-    assert scipy.stats.kstest(x, 'norm').pvalue > 1e-3
+    assert scipy.stats.kstest(x, "norm").pvalue > 1e-3
     for a, b in ((x, y), (x[1:], x[:-1]), (x[2:], x[:-2]), (x[::4], x[1::4])):
         assert abs(np.corrcoef(a, b)[0, 1]) < 5 / math.sqrt(len(a))
 
 
 @device
-@pytest.mark.parametrize('cut', [1, 4, 4096, 5003])
+@pytest.mark.parametrize("cut", [1, 4, 4096, 5003])
 def test_a_stream_drawn_in_pieces_equals_the_stream_drawn_at_once(device, cut):
     zero, offset = torch.zeros(1, 10000, device=device), 2 ** 33 + 1
     whole = sae.reparameterize(zero, zero, 3, offset)[0]
@@ -215,7 +215,7 @@ def test_a_stream_drawn_in_pieces_equals_the_stream_drawn_at_once(device, cut):
 
 @device
 @dtype
-@pytest.mark.parametrize('shape', [(3, 7), (2, 16, 9, 5), (4, 5000)])
+@pytest.mark.parametrize("shape", [(3, 7), (2, 16, 9, 5), (4, 5000)])
 def test_reparameterize_and_its_gradient_err_at_most_twice_and_three_times_as_much_as_pytorch(device, dtype, shape):
     g = torch.Generator().manual_seed(4)
     mu, logvar, dz = (torch.randn(shape, generator=g).to(device, dtype) for _ in range(3))
@@ -245,7 +245,7 @@ def test_reparameterize_and_its_gradient_err_at_most_twice_and_three_times_as_mu
         assert (ours[3].view(-1)[:3] != 0).tolist() == [False, False, True]                  # no gradient from outside
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @built
 def test_noise_is_the_same_on_cpu_and_gpu_bit_for_bit():
     zero = torch.zeros(2, 40004)
@@ -253,23 +253,23 @@ def test_noise_is_the_same_on_cpu_and_gpu_bit_for_bit():
     assert torch.equal(sae.reparameterize(zero, zero, 5, 8)[0], sae.reparameterize(zero.cuda(), zero.cuda(), 5, 8)[0].cpu())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @built
 def test_tensors_of_more_than_2_31_elements_are_read_to_the_end():
     n = 2 ** 31 + 64
-    a, b = torch.zeros(n, dtype=torch.bfloat16, device='cuda'), torch.zeros(n, dtype=torch.bfloat16, device='cuda')
+    a, b = torch.zeros(n, dtype=torch.bfloat16, device="cuda"), torch.zeros(n, dtype=torch.bfloat16, device="cuda")
     a[-1] = 1024
     assert sae.feature_mse(a, b).item() == pytest.approx(1024 ** 2 / n, rel=1e-6)
     z, kl = sae.reparameterize(a.view(2, -1), b.view(2, -1), 1)
     assert kl[0].item() == 0 and kl[1].item() == 1024 ** 2 / 2
-    assert torch.equal(z.view(-1)[-100:-1], sae.philox_normal(99, 1, n - 100, device='cuda').bfloat16())
+    assert torch.equal(z.view(-1)[-100:-1], sae.philox_normal(99, 1, n - 100, device="cuda").bfloat16())
 
 
 # ------------------------------------------------------------------ feature MSE
 
 @device
 @dtype
-@pytest.mark.parametrize('shape', [(2, 9, 24), (1, 1), (3, 261, 80)])
+@pytest.mark.parametrize("shape", [(2, 9, 24), (1, 1), (3, 261, 80)])
 def test_feature_mse_errs_at_most_twice_and_its_gradient_three_times_as_much_as_mse_loss(device, dtype, shape):
     g = torch.Generator().manual_seed(2)
     student, teacher = (torch.randn(shape, generator=g).to(device, dtype) for _ in range(2))
@@ -303,12 +303,12 @@ def arguments(device, dtype=torch.float32):
     rope = sae.rope_tables(2, 3, device=device)
     qkv = packed(2, 7, 2, dtype=dtype, device=device).requires_grad_()
     mu, logvar = (torch.randn(2, 6, 5, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
-    return {'attention': (qkv, *rope, 1), 'reparameterize': (mu, logvar, 5, 2), 'feature_mse': (mu, logvar.detach())}
+    return {"attention": (qkv, *rope, 1), "reparameterize": (mu, logvar, 5, 2), "feature_mse": (mu, logvar.detach())}
 
 
 @built
 @device
-@pytest.mark.parametrize('op', ['attention', 'reparameterize', 'feature_mse'])
+@pytest.mark.parametrize("op", ["attention", "reparameterize", "feature_mse"])
 def test_opcheck_accepts_the_op(device, op):
     torch.library.opcheck(getattr(torch.ops.sae, op).default, arguments(device)[op])
 
@@ -316,15 +316,15 @@ def test_opcheck_accepts_the_op(device, op):
 @built
 @device
 def test_compiled_ops_equal_eager_ones_in_one_graph_and_a_new_seed_compiles_nothing(device):
-    qkv, rows, cols, prefix = arguments(device)['attention']
-    mu, logvar = arguments(device)['reparameterize'][:2]
+    qkv, rows, cols, prefix = arguments(device)["attention"]
+    mu, logvar = arguments(device)["reparameterize"][:2]
 
     def f(qkv, mu, logvar, seed):
         z, kl = sae.reparameterize(mu, logvar, seed, seed * 4)
         return sae.attention(qkv * 2, (rows, cols), prefix).square().mean() + z.square().sum() + kl.sum() + sae.feature_mse(mu * 3, logvar)
 
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend('aot_eager')
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(f, fullgraph=True, backend=counter)
     for seed in range(3, 9):
         for x, y in zip(torch.autograd.grad(compiled(qkv, mu, logvar, seed), [qkv, mu, logvar]), torch.autograd.grad(f(qkv, mu, logvar, seed), [qkv, mu, logvar])):
@@ -353,10 +353,10 @@ def test_results_are_the_same_bits_every_time_and_at_any_thread_count(device, dt
     assert all(torch.equal(x, y) for x, y in zip(first, second))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @built
 def test_ops_run_on_the_current_stream_and_on_the_device_of_their_tensors():
-    last = torch.device('cuda', torch.cuda.device_count() - 1)
+    last = torch.device("cuda", torch.cuda.device_count() - 1)
     big = torch.randn(8192, 8192, device=last)
     stream = torch.cuda.Stream(last)
     with torch.cuda.stream(stream):
@@ -369,7 +369,7 @@ def test_ops_run_on_the_current_stream_and_on_the_device_of_their_tensors():
 
 
 @built
-@pytest.mark.parametrize('kernels', ['avx2', 'generic'])
+@pytest.mark.parametrize("kernels", ["avx2", "generic"])
 def test_the_kernels_for_lesser_processors_agree_with_the_best_ones(kernels, tmp_path):
     code = '''
 torch.manual_seed(0)
@@ -386,11 +386,11 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     zero = torch.zeros(1, 5000)
     out.append(sae.reparameterize(zero, zero, 2**40 + 5, 2**35 + 2)[0])
 '''
-    subprocess.run([sys.executable, '-c', f'import torch, sae\n{code}\ntorch.save(out, "lesser.pt")'], cwd=tmp_path, check=True,
+    subprocess.run([sys.executable, "-c", f'import torch, sae\n{code}\ntorch.save(out, "lesser.pt")'], cwd=tmp_path, check=True,
                    env=dict(os.environ, PYTHONPATH=str(ROOT), SAE_CPU=kernels))
-    here = {'torch': torch, 'sae': sae}
+    here = {"torch": torch, "sae": sae}
     exec(code, here)
-    best, lesser = here['out'], torch.load(tmp_path / 'lesser.pt')
+    best, lesser = here["out"], torch.load(tmp_path / "lesser.pt")
     assert lesser[0] == kernels
     for i, (x, y) in enumerate(zip(best[1:], lesser[1:])):
         assert torch.equal(x, y) if i % 8 == 7 else relative(x, y) < 16 * half_ulp(x.dtype)    # noise: the same bits
@@ -398,28 +398,28 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 
 # ------------------------------------------------------------------ errors
 
-@pytest.mark.parametrize('call, message', [
-    (lambda: sae.attention(torch.zeros(2, 9, 64), sae.rope_tables(3, 3), 0), r'qkv is \[2, 9, 64\]'),
-    (lambda: sae.attention(packed(1, 9, 1), sae.rope_tables(3, 3), 5), 'N 9 and d 64 of qkv do not fit prefix 5'),
-    (lambda: sae.attention(packed(1, 9, 1), sae.rope_tables(3, 3, 128), 0), r'rope tables \[3, 32, 2\]'),
-    (lambda: sae.attention(packed(1, 8, 1), sae.rope_tables(3, 3), -1), 'prefix -1'),
-    (lambda: sae.attention(packed(1, 9, 1), [t.double() for t in sae.rope_tables(3, 3)], 0), 'torch.float64 on cpu'),
-    (lambda: sae.attention(packed(1, 9, 1), [t.to('meta') for t in sae.rope_tables(3, 3)], 0), 'on meta'),
-    (lambda: sae.reparameterize(torch.zeros(2, 3), torch.zeros(2, 4), 0), r'logvar \[2, 4\]'),
-    (lambda: sae.reparameterize(torch.zeros(2, 3), torch.zeros(2, 3).bfloat16(), 0), 'torch.bfloat16'),
-    (lambda: sae.reparameterize(torch.zeros(5), torch.zeros(5), 0), r'they must be alike, \[B, ...\]'),
-    (lambda: sae.reparameterize(torch.zeros(2, 3), torch.zeros(2, 3), -1), 'seed -1'),
-    (lambda: sae.reparameterize(torch.zeros(2, 3), torch.zeros(2, 3), 0, 2 ** 63), 'offset 9223372036854775808'),
-    (lambda: sae.feature_mse(torch.zeros(2, 3), torch.zeros(3, 2)), r'teacher \[3, 2\]'),
+@pytest.mark.parametrize("call, message", [
+    (lambda: sae.attention(torch.zeros(2, 9, 64), sae.rope_tables(3, 3), 0), r"qkv is \[2, 9, 64\]"),
+    (lambda: sae.attention(packed(1, 9, 1), sae.rope_tables(3, 3), 5), "N 9 and d 64 of qkv do not fit prefix 5"),
+    (lambda: sae.attention(packed(1, 9, 1), sae.rope_tables(3, 3, 128), 0), r"rope tables \[3, 32, 2\]"),
+    (lambda: sae.attention(packed(1, 8, 1), sae.rope_tables(3, 3), -1), "prefix -1"),
+    (lambda: sae.attention(packed(1, 9, 1), [t.double() for t in sae.rope_tables(3, 3)], 0), "torch.float64 on cpu"),
+    (lambda: sae.attention(packed(1, 9, 1), [t.to("meta") for t in sae.rope_tables(3, 3)], 0), "on meta"),
+    (lambda: sae.reparameterize(torch.zeros(2, 3), torch.zeros(2, 4), 0), r"logvar \[2, 4\]"),
+    (lambda: sae.reparameterize(torch.zeros(2, 3), torch.zeros(2, 3).bfloat16(), 0), "torch.bfloat16"),
+    (lambda: sae.reparameterize(torch.zeros(5), torch.zeros(5), 0), r"they must be alike, \[B, ...\]"),
+    (lambda: sae.reparameterize(torch.zeros(2, 3), torch.zeros(2, 3), -1), "seed -1"),
+    (lambda: sae.reparameterize(torch.zeros(2, 3), torch.zeros(2, 3), 0, 2 ** 63), "offset 9223372036854775808"),
+    (lambda: sae.feature_mse(torch.zeros(2, 3), torch.zeros(3, 2)), r"teacher \[3, 2\]"),
 ])
 def test_arguments_that_do_not_fit_give_one_sentence_with_the_values(call, message):
     with pytest.raises(ValueError, match=message) as e:
         call()
-    assert '\n' not in str(e.value)
+    assert "\n" not in str(e.value)
 
 
 @built
-@pytest.mark.parametrize('call', [
+@pytest.mark.parametrize("call", [
     lambda op: op.attention(packed(1, 9, 1, 32), *sae.rope_tables(3, 3), 0),
     lambda op: op.attention(packed(1, 9, 1), *sae.rope_tables(3, 4), 0),
     lambda op: op.attention(packed(1, 9, 1).double(), *sae.rope_tables(3, 3), 0),
@@ -432,7 +432,7 @@ def test_arguments_that_do_not_fit_give_one_sentence_with_the_values(call, messa
     lambda op: op.feature_mse_backward(torch.zeros(2), torch.zeros(3), torch.zeros(3)),
 ])
 def test_the_raw_ops_refuse_what_they_would_read_out_of_bounds(call):
-    with pytest.raises(RuntimeError, match='sae: '):
+    with pytest.raises(RuntimeError, match="sae: "):
         call(torch.ops.sae)
 
 
@@ -440,30 +440,30 @@ def test_the_raw_ops_refuse_what_they_would_read_out_of_bounds(call):
 
 @built
 def test_a_missing_a_broken_and_a_stale_extension_are_told_in_one_sentence(tmp_path):
-    assert sae.load_csrc(tmp_path / 'sae_csrc.so', ROOT / 'csrc') == 'sae_csrc.so is not beside sae.py'
-    (tmp_path / 'broken.so').write_bytes(b'not a library')
-    assert sae.load_csrc(tmp_path / 'broken.so', ROOT / 'csrc').startswith('broken.so does not load (')
-    shutil.copytree(ROOT / 'csrc', tmp_path / 'csrc')
-    (tmp_path / 'csrc' / 'noise.h').write_text('// changed')
-    assert sae.load_csrc(ROOT / 'sae_csrc.so', tmp_path / 'csrc') == 'sae_csrc.so is older than csrc/'
-    assert sae.load_csrc(ROOT / 'sae_csrc.so', tmp_path / 'no such folder') is None          # installed without its sources
+    assert sae.load_csrc(tmp_path / "sae_csrc.so", ROOT / "csrc") == "sae_csrc.so is not beside sae.py"
+    (tmp_path / "broken.so").write_bytes(b"not a library")
+    assert sae.load_csrc(tmp_path / "broken.so", ROOT / "csrc").startswith("broken.so does not load (")
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "csrc" / "noise.h").write_text("// changed")
+    assert sae.load_csrc(ROOT / "sae_csrc.so", tmp_path / "csrc") == "sae_csrc.so is older than csrc/"
+    assert sae.load_csrc(ROOT / "sae_csrc.so", tmp_path / "no such folder") is None          # installed without its sources
 
 
-@pytest.mark.parametrize('rank', ['0', '3'])
+@pytest.mark.parametrize("rank", ["0", "3"])
 def test_without_the_extension_the_reference_serves_and_only_the_first_rank_says_so(tmp_path, monkeypatch, capsys, rank):
-    monkeypatch.setenv('LOCAL_RANK', rank)
-    spec = importlib.util.spec_from_file_location('sae_alone', shutil.copy(ROOT / 'sae.py', tmp_path))
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    spec = importlib.util.spec_from_file_location("sae_alone", shutil.copy(ROOT / "sae.py", tmp_path))
     alone = importlib.util.module_from_spec(spec)
-    sys.modules['sae_alone'] = alone                          # dataclasses look their module up
+    sys.modules["sae_alone"] = alone                          # dataclasses look their module up
     spec.loader.exec_module(alone)
-    del sys.modules['sae_alone']
+    del sys.modules["sae_alone"]
     said = capsys.readouterr().err
-    assert said.count('\n') == (rank == '0') and ('sae_csrc.so is not beside sae.py: the slower reference ops serve' in said) == (rank == '0')
+    assert said.count("\n") == (rank == "0") and ("sae_csrc.so is not beside sae.py: the slower reference ops serve" in said) == (rank == "0")
     qkv, rope = packed(1, 5, 2), sae.rope_tables(2, 2)
     assert torch.equal(alone.attention(qkv, rope, 1), sae.attention_reference(qkv, rope, 1))
     assert alone.feature_mse(torch.ones(3), torch.zeros(3)).item() == 1
 
 
 def test_setup_says_when_there_is_no_compiler_and_refuses_an_unknown_architecture(tmp_path):
-    r = subprocess.run([sys.executable, 'setup.py', '-q', '--name'], cwd=ROOT, env=dict(os.environ, PATH=str(tmp_path)), capture_output=True, text=True)
-    assert r.returncode == 0 and 'no C++ compiler: the reference ops serve' in r.stderr
+    r = subprocess.run([sys.executable, "setup.py", "-q", "--name"], cwd=ROOT, env=dict(os.environ, PATH=str(tmp_path)), capture_output=True, text=True)
+    assert r.returncode == 0 and "no C++ compiler: the reference ops serve" in r.stderr

@@ -1,0 +1,251 @@
+"""The ops and the encoder against the same computation of others, side by side in one run.
+
+    python tests/bench_ops.py [attention] [gaussian] [mse] [encoder] [--device cpu|cuda] [--rounds 11] [--compile] [--json FILE]
+
+Competitors take turns, round by round, and the table holds medians: a shared machine slows all of them alike. "ratio" is a competitor's
+time over ours. On a GPU every round works on other buffers, more than the L2 cache holds, and times are of CUDA events.
+"""
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch                                                                            # noqa: E402
+import torch.nn.functional as F                                                         # noqa: E402
+from timm.layers import apply_rot_embed_cat                                             # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel                                  # noqa: E402
+from tqdm import tqdm                                                                   # noqa: E402
+from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb     # noqa: E402
+
+import sae                                                                              # noqa: E402
+
+RESULTS = []
+
+
+def compare(title, device, rounds, sets, competitors, note=None):
+    """Times competitors {name: f(buffers)} on each of `sets` in turn and prints the medians in ms; the first one is ours."""
+    times = {name: [] for name in competitors}
+    for name, f in competitors.items():                       # warm up, compile
+        for s in sets[:2]:
+            f(*s)
+    for i in tqdm(range(rounds), title, leave=False, disable=None):
+        for name, f in competitors.items():
+            if device == "cuda":
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                torch.cuda.synchronize()
+                start.record()
+                for s in sets:
+                    f(*s)
+                end.record()
+                end.synchronize()
+                times[name].append(start.elapsed_time(end) / len(sets))
+            else:
+                start = time.perf_counter()
+                f(*sets[i % len(sets)])
+                times[name].append((time.perf_counter() - start) * 1e3)
+    median = {name: statistics.median(t) for name, t in times.items()}
+    ours = next(iter(median.values()))
+    print(f"\n{title}")
+    for name, t in median.items():
+        print(f"    {name:44s} {t:10.3f} ms   ratio {t / ours:5.2f}")
+    if note:
+        print(f"    {note(median)}")
+    RESULTS.append({"title": title, "ms": median})
+
+
+def forward_backward(f):
+    """f(*inputs) -> (outputs, their gradients); runs both ways."""
+    def run(*inputs):
+        for p in inputs:
+            if isinstance(p, torch.Tensor) and p.requires_grad:
+                p.grad = None
+        outputs, gradients = f(*inputs)
+        torch.autograd.backward(outputs, gradients)
+    return run
+
+
+# ------------------------------------------------------------------ attention
+
+def bench_attention(device, rounds, compiled):
+    shapes = [(16, 16, 16, 20), (4, 32, 32, 20)] if device == "cuda" else [(8, 16, 16, 20)]
+    for B, h, w, H in shapes:
+        for dtype in (torch.bfloat16, torch.float32):
+            N, prefix = h * w + 5, 5
+            rope = sae.rope_tables(h, w, device=device)
+            table = torch.cat([rope[0][:, None].expand(h, w, 16, 2), rope[1][None].expand(h, w, 16, 2)], 2).flatten(0, 1).repeat(1, 2, 1)
+            cos, sin = (t.contiguous() for t in table.to(dtype).unbind(-1))               # [h w,64]
+            timm_table = torch.cat([sin, cos], -1)
+
+            def split(qkv):
+                return qkv.permute(2, 0, 3, 1, 4).unbind(0)                               # 3 x [B,H,N,64]
+
+            def merge(out):
+                return out.transpose(1, 2).reshape(B, N, H * 64)
+
+            def transformers_sdpa(qkv):
+                q, k, v = split(qkv)
+                return merge(F.scaled_dot_product_attention(*apply_rotary_pos_emb(q, k, cos, sin), v))
+
+            def transformers_eager(qkv):
+                q, k, v = split(qkv)
+                q, k = apply_rotary_pos_emb(q, k, cos, sin)
+                return merge(torch.matmul(torch.softmax(torch.matmul(q, k.transpose(2, 3)) / 8, -1), v))
+
+            def timm_sdpa(qkv):
+                q, k, v = split(qkv)
+                q, k = (torch.cat([t[:, :, :prefix], apply_rot_embed_cat(t[:, :, prefix:], timm_table, half=True)], 2).type_as(v) for t in (q, k))
+                return merge(F.scaled_dot_product_attention(q, k, v))
+
+            def sdpa_alone(qkv):
+                return merge(F.scaled_dot_product_attention(*split(qkv)))
+
+            competitors = {"ours": lambda x: sae.attention(x, rope, prefix), "transformers, sdpa": transformers_sdpa,
+                           "transformers, eager": transformers_eager, "timm": timm_sdpa, "sdpa without RoPE": sdpa_alone}
+            if compiled:
+                competitors["transformers, sdpa, compiled"] = torch.compile(transformers_sdpa)
+            if device == "cuda" and dtype == torch.bfloat16:
+                for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+                    for name, f in (("sdpa without RoPE", sdpa_alone), ("transformers, sdpa, compiled", torch.compile(transformers_sdpa))):
+                        def with_backend(x, f=f, backend=backend):
+                            with sdpa_kernel(backend):
+                                return f(x)
+                        competitors[f"{name}, {backend.name}"] = with_backend
+            sets = [torch.randn(B, N, 3, H, 64, device=device, dtype=dtype) for _ in range(4 if device == "cuda" else 1)]
+            dout = torch.randn(B, N, H * 64, device=device, dtype=dtype)
+            title = f"attention {device} {str(dtype)[6:]} B{B} N{N} H{H}"
+            floor = None
+            if device == "cuda":
+                moved = 4 * dout.numel() * dout.element_size()
+
+                def floor(median):
+                    return f"memory floor at 4.3 TB/s: forward {moved / 4.3e9:.4f} ms"
+            compare(title + " forward", device, rounds, [(s,) for s in sets], {n: torch.no_grad()(f) for n, f in competitors.items()}, floor)
+            both = {n: forward_backward(lambda x, f=f: ([f(x)], [dout])) for n, f in competitors.items()}
+            compare(title + " forward and backward", device, rounds, [(s.clone().requires_grad_(),) for s in sets], both)
+            if device == "cuda":                              # backward alone, on a graph that is kept
+                kept = {n: [f(s.clone().requires_grad_()) for s in sets] for n, f in competitors.items()}
+                compare(title + " backward", device, rounds, [(i,) for i in range(len(sets))],
+                        {n: (lambda i, n=n: kept[n][i].backward(dout, retain_graph=True)) for n in competitors})
+
+
+# ------------------------------------------------------------------ Gaussian
+
+def bench_gaussian(device, rounds, compiled):
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+    shape = (16, 1280, 16, 16)
+    for dtype in (torch.float32, torch.bfloat16):
+        def eager(mu, logvar, noise):
+            v = logvar.clamp(-30, 20)
+            return mu + (0.5 * v).exp() * torch.randn_like(mu), 0.5 * (mu.square() + v.exp() - 1 - v).flatten(1).sum(1)
+
+        def given(mu, logvar, noise):
+            v = logvar.clamp(-30, 20)
+            return mu + (0.5 * v).exp() * noise, 0.5 * (mu.square() + v.exp() - 1 - v).flatten(1).sum(1)
+
+        def diffusers(mu, logvar, noise):
+            d = DiagonalGaussianDistribution(torch.cat([mu, logvar], 1))
+            return d.sample(), d.kl()
+
+        competitors = {"ours": lambda m, v, e: sae.reparameterize(m, v, 5), "eager": eager, "diffusers": diffusers, "noise given, eager": given}
+        if compiled:
+            competitors |= {"compiled": torch.compile(eager), "noise given, compiled": torch.compile(given)}
+        sets = [tuple(torch.randn(shape, device=device, dtype=dtype) for _ in range(3)) for _ in range(4 if device == "cuda" else 1)]
+        competitors["copy of mu and logvar"] = lambda m, v, e: (m.clone(), v.clone())
+        title = f"reparameterize and KL {device} {str(dtype)[6:]} {list(shape)}"
+        moved = sets[0][0].numel() * sets[0][0].element_size()
+
+        def bandwidth(reads_writes):
+            # the copy moves 4 tensors; ours at the copy's bandwidth would take reads_writes / 4 of its time
+            return lambda t: f"ours moves {reads_writes} x {moved / 2**20:.0f} MiB at {reads_writes / 4 * t['copy of mu and logvar'] / t['ours']:.0%} of the copy's bandwidth"
+
+        compare(title + " forward", device, rounds, sets, {n: torch.no_grad()(f) for n, f in competitors.items()}, bandwidth(3))
+        competitors.pop("copy of mu and logvar")
+        dz, dkl = torch.randn(shape, device=device, dtype=dtype), torch.full((shape[0],), 1e-6, device=device)
+
+        def both(f):
+            def run(m, v, e):
+                z, kl = f(m, v, e)
+                return [z, kl], [dz, dkl.to(kl.dtype)]
+            return forward_backward(run)
+
+        compare(title + " forward and backward", device, rounds, [(m.clone().requires_grad_(), v.clone().requires_grad_(), e) for m, v, e in sets],
+                {n: both(f) for n, f in competitors.items()})
+
+
+def bench_mse(device, rounds, compiled):
+    shape = (16, 256, 1280)
+    for dtype in (torch.float32, torch.bfloat16):
+        competitors = {"ours": sae.feature_mse, "mse_loss in fp32": lambda s, t: F.mse_loss(s.float(), t.float())}
+        if compiled:
+            competitors["mse_loss in fp32, compiled"] = torch.compile(competitors["mse_loss in fp32"])
+        sets = [tuple(torch.randn(shape, device=device, dtype=dtype) for _ in range(2)) for _ in range(4 if device == "cuda" else 1)]
+        title = f"feature MSE {device} {str(dtype)[6:]} {list(shape)}"
+        compare(title + " forward and backward", device, rounds, [(s.clone().requires_grad_(), t) for s, t in sets],
+                {n: forward_backward(lambda s, t, f=f: ([f(s, t)], [None])) for n, f in competitors.items()})
+
+
+# ------------------------------------------------------------------ encoder
+
+def bench_encoder(device, rounds, compiled):
+    import timm
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+    # width, depth, heads, MLP width, gated, batch
+    models = {"H+": (1280, 32, 20, 5120, True, 16)} if device == "cuda" else {"S": (384, 12, 6, 1536, False, 4), "B": (768, 12, 12, 3072, False, 2)}
+    for name, (D, depth, heads, hidden, gated, B) in models.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            if device == "cuda" and dtype == torch.float32:
+                continue
+            ours = sae.DINOv3(sae.DINOv3Config(width=D, depth=depth, hidden=hidden, gated=gated)).to(device, dtype)
+            config = DINOv3ViTConfig(hidden_size=D, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=hidden, num_register_tokens=4,
+                                     use_gated_mlp=gated, hidden_act="silu" if gated else "gelu", pos_embed_rescale=None)
+            peers = {f"transformers, {a}": DINOv3ViTModel._from_config(config, attn_implementation=a).to(device, dtype).eval() for a in ("sdpa", "eager")}
+            arch = {"S": "vit_small_patch16_dinov3", "B": "vit_base_patch16_dinov3", "H+": "vit_huge_plus_patch16_dinov3"}[name]
+            peers["timm"] = timm.create_model(arch, pretrained=False).to(device, dtype).eval()
+            competitors = {"ours": lambda x: ours(x)[2]}
+            competitors |= {n: (lambda x, m=m: m(x).last_hidden_state) if n[:2] == "tr" else m.forward_features for n, m in peers.items()}
+            if device == "cpu" and dtype == torch.float32:    # fp32 products by oneDNN instead of MKL
+                def onednn(f):
+                    def run(x):
+                        before = torch.get_float32_matmul_precision()
+                        torch.set_float32_matmul_precision("medium")
+                        out = f(x)
+                        torch.set_float32_matmul_precision(before)
+                        return out
+                    return run
+                competitors |= {f"{n}, oneDNN": onednn(competitors[n]) for n in ("ours", "transformers, sdpa")}
+            x = torch.randn(B, 3, 256, 256, device=device, dtype=dtype)
+            title = f"encoder {name} {device} {str(dtype)[6:]} 256x256 B{B}"
+            compare(title + " forward", device, rounds, [(x,)], {n: torch.no_grad()(f) for n, f in competitors.items()})
+
+            def both(f):
+                def run(x):
+                    out = f(x)
+                    return [out], [torch.ones_like(out)]
+                return forward_backward(run)
+
+            compare(title + " forward and backward", device, rounds, [(x,)], {n: both(f) for n, f in competitors.items()})
+
+
+BENCHES = {"attention": bench_attention, "gaussian": bench_gaussian, "mse": bench_mse, "encoder": bench_encoder}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(BENCHES)}; all by default")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--compile", action="store_true", help="torch.compile'd competitors too")
+    parser.add_argument("--json", help="append the medians to this file")
+    args = parser.parse_args()
+    if unknown := set(args.what) - set(BENCHES):
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}: choose of {', '.join(BENCHES)}")
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.ops.sae.cpu_kernels() if sae.NO_CSRC is None else 'reference'} kernels, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {where}")
+    for name in args.what or BENCHES:
+        BENCHES[name](args.device, args.rounds, args.compile)
+    if args.json:
+        with open(args.json, "a") as f:
+            f.writelines(json.dumps(r) + "\n" for r in RESULTS)
