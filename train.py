@@ -26,6 +26,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -313,7 +315,7 @@ def learning_rate(step, peak, args):
 # ------------------------------------------------------------------ model and checkpoints
 
 def build(args):
-    """(SAE, teacher or None, discriminator, the checkpoint it starts from or None): on the CPU, refusing what does not fit together."""
+    """(SAE, teacher or None, discriminator), on the CPU; refuses what does not fit together."""
     if not Path(args.encoder).is_file():
         raise ValueError(f"there is no encoder {args.encoder}: run ./weights.sh, or name a DINOv3 file with --encoder")
     pretrained = DINOv3.from_pretrained(args.encoder).requires_grad_(False)
@@ -322,7 +324,7 @@ def build(args):
     if args.stage == 1:
         config = SAEConfig(**{"encoder": pretrained.cfg, "z_dim": pretrained.cfg.width, **asked})
         config.attention = args.size // config.f <= 32          # Reading: above 32x32 latents it costs more than it gives
-        sae, teacher, start = SAE(config, pretrained), None, None
+        sae, teacher = SAE(config, pretrained), None
     else:
         if not Path(args.init).is_file():
             raise ValueError(f"there is no stage-1 checkpoint {args.init}, and without stage 1 the encoder collapses: "
@@ -357,6 +359,17 @@ def save(out, state):
     os.replace(tmp, last)
 
 
+def load_last(out):
+    """out/last.pt, or out/previous.pt where the last is damaged; says so."""
+    try:
+        return load_checkpoint(out / "last.pt")
+    except ValueError as e:
+        if not (out / "previous.pt").exists():
+            raise
+        print(f"{e}; going back to {out}/previous.pt", file=sys.stderr)
+        return load_checkpoint(out / "previous.pt")
+
+
 def latent_statistics(sae, images, args, rank, world, autocast, n=10_000):
     """Fill in latent_mean and latent_std [z_dim] of z over the first n training crops, moments in fp64, the same on any number of ranks."""
     device = sae.latent_mean.device
@@ -377,28 +390,29 @@ def latent_statistics(sae, images, args, rank, world, autocast, n=10_000):
 
 def dry_run(sae, teacher, disc, args):
     """Print parameter counts and an estimate of a rank's memory: states, and what autograd keeps in one forward pass, counted on fake tensors."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    count = lambda module, trainable=False: sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
-    for name, module in (("encoder", sae.encoder), ("downsampling and projection", nn.ModuleList([sae.down, sae.to_latent])),
-                         ("decoder", sae.decoder), ("discriminator", disc), ("teacher", teacher)):
-        if module:
-            print(f"{name:30}{count(module) / 1e6:10.1f} M parameters, {count(module, True) / 1e6:.1f} M trained")
+    def count(*modules, trained=False):
+        return sum(p.numel() for m in modules if m for p in m.parameters() if p.requires_grad or not trained)
+    for name, modules in (("encoder", [sae.encoder]), ("downsampling and projection", [sae.down, sae.to_latent]), ("decoder", [sae.decoder]),
+                          ("discriminator", [disc]), ("teacher", [teacher])):
+        print(f"{name:30}{count(*modules) / 1e6:10.1f} M parameters, {count(*modules, trained=True) / 1e6:.1f} M trained")
     # fp32: weights, and for each trained parameter a gradient, two Adam moments and (the autoencoder's) an EMA
-    states = 4 * (sum(count(m) for m in (sae, disc, teacher) if m) + 4 * count(sae, True) + 3 * count(disc, True))
+    states = 4 * (count(sae, disc, teacher) + 4 * count(sae, trained=True) + 3 * count(disc, trained=True))
     kept = {}
 
     def pack(t):
-        kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        kept[StorageWeakRef(t.untyped_storage())] = t.untyped_storage().nbytes()
         return t
-    parameters = {id(p) for p in sae.parameters()}
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.autocast("cpu", torch.bfloat16, args.precision == "bf16"):
-        fake = copy.deepcopy(sae)
-        for name, p in list(fake.named_parameters()):
-            owner, leaf = fake.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-            setattr(owner, leaf, nn.Parameter(mode.from_tensor(p.detach()), p.requires_grad))
+    with torch.device("meta"):
+        fake = SAE(sae.config)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16, args.precision == "bf16"):
+        fake.to_empty(device="cpu")
+        fake.encoder.requires_grad_(args.stage == 2)
+        fake.encoder.checkpointing = args.checkpoint
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             fake(torch.zeros(args.batch, 3, args.size, args.size), seed=0)
-    print(f"estimated memory per rank      {states / 2 ** 30:10.1f} GiB of states, {sum(kept.values()) / 2 ** 30:.1f} GiB of the autoencoder's activations")
+    for p in fake.parameters():
+        kept.pop(StorageWeakRef(p.untyped_storage()), None)
+    print(f"memory per rank, estimated    {states / 2 ** 30:10.1f} GiB of states, {sum(kept.values()) / 2 ** 30:.1f} GiB of the autoencoder's activations")
 
 
 # ------------------------------------------------------------------ the run
@@ -416,7 +430,7 @@ def main(args):
         raise ValueError(f"{args.data} holds {len(folder)} images, fewer than the {world} ranks: start fewer")
     lpips = LPIPS(args.lpips_net, args.lpips_weights) if args.lpips else None
     if rank == 0:
-        print(f"stage {args.stage}, {len(folder)} images, {world} x {args.batch} a step on {device.type}\n" + json.dumps(vars(args), indent=1))
+        print(f"stage {args.stage}, {len(folder)} images, {world} x {args.batch} a step on {device.type}\n" + ", ".join(f"{k} {v}" for k, v in vars(args).items()))
     if args.dry_run:
         if rank == 0:
             dry_run(sae, teacher, disc, args)
@@ -443,8 +457,6 @@ def main(args):
         if module:
             module.to(device)
     ema.eval().requires_grad_(False)
-    if args.stage == 1:
-        sae.encoder.requires_grad_(False)
     trained = [p for p in sae.parameters() if p.requires_grad]
     averaged = [e for e, p in zip(ema.parameters(), sae.parameters(), strict=True) if p.requires_grad]
 
@@ -457,7 +469,7 @@ def main(args):
 
     step = 0
     if args.resume:
-        state = load_checkpoint(out / "last.pt")
+        state = load_last(out)
         if state["config"] != asdict(sae.config) or state["args"]["stage"] != args.stage:
             raise ValueError(f"{out}/last.pt is of another stage or architecture than the options ask for")
         if state["images_per_step"] != args.batch * world:
@@ -468,6 +480,9 @@ def main(args):
         opt.load_state_dict(state["opt"])
         opt_disc.load_state_dict(state["opt_disc"])
         step = state["step"]
+        changed = [f"{k} {v} (was {state['args'].get(k)})" for k, v in vars(args).items() if k != "resume" and v != state["args"].get(k)]
+        if rank == 0:
+            print(f"resuming at step {step}" + (", with " + ", ".join(changed) if changed else ""))
     metrics = out / "metrics.jsonl"
     if rank == 0:
         (out / "config.json").write_text(json.dumps({**vars(args), "model": asdict(sae.config)}, indent=1))

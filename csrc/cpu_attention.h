@@ -1,0 +1,220 @@
+// Attention of one head on the CPU, all in fp32: O = softmax(Q K^T) V with Q and K turned by RoPE. Included by cpu_kernels.h.
+//
+// A head's K and V stay in the L2 cache (N 261: 270 KB), queries come in tiles of kTile rows, and a tile keeps its whole rows of
+// scores (26 KB at N 261), so softmax needs one pass and no rescaling. Four products, one kernel: C[M,n] = A[M,k] B[k,n] with a
+// register tile of kRows x 2 vectors, A broadcast from memory (any strides, so its transpose costs nothing), B read by vectors.
+// That holds for all of
+//   S = Q K^T (K packed by columns)   O = P V   dV = P^T dO   dP = dO V^T (V packed by columns)   dQ = dS K   dK = dS^T Q.
+
+constexpr int64_t D = kHeadDim;
+constexpr int kRows = SAE_LANES == 16 ? 12 : 6;               // 24 of 32 registers (12 of 16) hold the tile
+constexpr int64_t kTile = 24;
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+// Keys are padded so that both S (whole vectors of keys) and dK, dV (whole groups of kRows keys) fit.
+inline int64_t padded(int64_t n) { return round_up(round_up(n, kRows), L); }
+
+// C[kRows, V vectors] (+)= A[kRows, k] B[k, V vectors]: a(i, j) = a[i * ai + j * aj], vector v of row j of B at b + v * bv + j * bj.
+template <int V, bool kAdd>
+SAE_INLINE void tile_product(int64_t k, const float* a, int64_t ai, int64_t aj, const float* b, int64_t bv, int64_t bj, float* c,
+                             int64_t ci) {
+  F acc[kRows][V];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[i][v] = kAdd ? *(const FUnaligned*)(c + i * ci + v * L) : F{};
+  for (int64_t j = 0; j < k; ++j, a += aj, b += bj) {
+    F row[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) row[v] = *(const FUnaligned*)(b + v * bv);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const F x = F{} + a[i * ai];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[i][v] = fused(x, row[v], acc[i][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) *(FUnaligned*)(c + i * ci + v * L) = acc[i][v];
+}
+// C[m,n] (+)= A[m,k] B[k,n]; m and n are rounded up to whole tiles, which every buffer here has room for.
+template <bool kAdd>
+inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t ai, int64_t aj, const float* b, int64_t bv, int64_t bj,
+                    float* c, int64_t ci) {
+  for (int64_t v = 0; v < n; v += 2 * L)
+    for (int64_t i = 0; i < m; i += kRows) {
+      if (v + L < n)
+        tile_product<2, kAdd>(k, a + i * ai, ai, aj, b + v / L * bv, bv, bj, c + i * ci + v, ci);
+      else
+        tile_product<1, kAdd>(k, a + i * ai, ai, aj, b + v / L * bv, bv, bj, c + i * ci + v, ci);
+    }
+}
+
+struct Rows {                                                 // the rows of one head: token t at offset + t * stride, in elements
+  int64_t offset, stride;
+};
+inline Rows qkv_rows(const AttentionShape& s, int64_t task, int which) {                       // [B,N,3,H,D]
+  return {(task / s.H * s.N * 3 + which) * s.H * D + task % s.H * D, 3 * s.H * D};
+}
+inline Rows out_rows(const AttentionShape& s, int64_t task) {                                  // [B,N,H,D]
+  return {task / s.H * s.N * s.H * D + task % s.H * D, s.H * D};
+}
+
+// (x[i], x[i + 32]) turns by the angle of the token, or by minus it.
+SAE_INLINE void turn(F& x, F& y, const float* angle, int i, float direction) {
+  const F c = *(const FUnaligned*)(angle + i), s = direction * *(const FUnaligned*)(angle + D / 2 + i);
+  const F t = fused(x, c, -(y * s));
+  y = fused(y, c, x * s);
+  x = t;
+}
+// rows [first, first + n) -> dst [n, D], turned when angles is given, times scale; zeros up to row `end`.
+template <class T>
+inline void load_rows(const typename T::Element* src, Rows r, int64_t first, int64_t n, int64_t end, const float* angles,
+                      int64_t prefix, float scale, float* dst) {
+  for (int64_t t = 0; t < n; ++t, dst += D) {
+    const typename T::Element* p = src + r.offset + (first + t) * r.stride;
+    const bool turned = angles && first + t >= prefix;
+    for (int i = 0; i < D / 2; i += L) {
+      F x = T::load(p + i), y = T::load(p + D / 2 + i);
+      if (turned) turn(x, y, angles + (first + t - prefix) * D, i, 1.f);
+      *(F*)(dst + i) = x * scale;
+      *(F*)(dst + D / 2 + i) = y * scale;
+    }
+  }
+  for (int64_t i = 0; i < (end - n) * D; i += L) *(F*)(dst + i) = F{};
+}
+template <class T>
+inline void store_rows(const float* src, int64_t n, const float* angles, int64_t prefix, float scale, typename T::Element* dst,
+                       Rows r, int64_t first) {
+  for (int64_t t = 0; t < n; ++t, src += D) {
+    typename T::Element* p = dst + r.offset + (first + t) * r.stride;
+    for (int i = 0; i < D / 2; i += L) {
+      F x = *(const F*)(src + i), y = *(const F*)(src + D / 2 + i);
+      if (angles && first + t >= prefix) turn(x, y, angles + (first + t - prefix) * D, i, -1.f);
+      T::store(p + i, x * scale);
+      T::store(p + D / 2 + i, y * scale);
+    }
+  }
+}
+// [n, D] -> panels [n / L][D][L]: L keys side by side.
+inline void pack_columns(const float* src, int64_t n, float* dst) {
+  for (int64_t p = 0; p < n; p += L)
+    for (int64_t d = 0; d < D; d += 4) {
+      F v[4];
+      for (int j = 0; j < 4; ++j) v[j] = load_quads(src + (p + j) * D + d, 4 * D);            // keys j, j + 4, ...: d .. d+3
+      transpose4(v);
+      for (int j = 0; j < 4; ++j) *(F*)(dst + p * D + (d + j) * L) = v[j];
+    }
+}
+
+struct Scratch {                                              // hands out 64-byte aligned pieces
+  float* p;
+  float* take(int64_t n) {
+    float* r = p;
+    p += round_up(n, 16);
+    return r;
+  }
+};
+inline size_t attention_scratch(AttentionShape s, bool backward) {
+  const int64_t n = padded(s.N), heads = n * D + 16, tiles = kTile * (D + 16), scores = kTile * n + 16;
+  return backward ? 6 * heads + 4 * tiles + 2 * scores : 3 * heads + 2 * tiles + scores;
+}
+
+template <class T>
+inline void forward(const AttentionShape& shape, int64_t task, const typename T::Element* qkv, const float* angles,
+                    typename T::Element* out, float* lse, float* scratch) {
+  const int64_t N = shape.N, n = padded(N), prefix = shape.prefix;
+  Scratch s{scratch};
+  float *k = s.take(n * D), *kt = s.take(n * D), *v = s.take(n * D), *q = s.take(kTile * D), *o = s.take(kTile * D);
+  float* p = s.take(kTile * n);
+  load_rows<T>(qkv, qkv_rows(shape, task, 1), 0, N, n, angles, prefix, 1.f, k);
+  load_rows<T>(qkv, qkv_rows(shape, task, 2), 0, N, n, nullptr, 0, 1.f, v);
+  pack_columns(k, n, kt);
+  for (int64_t first = 0; first < N; first += kTile) {
+    const int64_t rows = N - first < kTile ? N - first : kTile;
+    load_rows<T>(qkv, qkv_rows(shape, task, 0), first, rows, kTile, angles, prefix, 0.125f * kLog2e, q);
+    product<false>(rows, n, D, q, D, 1, kt, D * L, L, p, n);                                  // S, in units of log 2
+    for (int64_t r = 0; r < rows; ++r) {
+      float* row = p + r * n;
+      for (int64_t i = N; i < n; ++i) row[i] = -INFINITY;
+      F m = *(F*)row, sum = {};
+      for (int64_t i = L; i < n; i += L) m = select(m > *(F*)(row + i), m, *(F*)(row + i));
+      float top = m[0];
+      for (int i = 1; i < L; ++i) top = top > m[i] ? top : m[i];
+      for (int64_t i = 0; i < n; i += L) {
+        const F e = exp2_clamped(*(F*)(row + i) - top);
+        *(F*)(row + i) = e;
+        sum += e;
+      }
+      const float total = sum_lanes<float>(sum);
+      lse[task * N + first + r] = top + std::log2(total);
+      q[r] = 1.f / total;                                     // Q's tile is done with
+    }
+    product<false>(rows, D, N, p, n, 1, v, L, D, o, D);                                       // P V
+    for (int64_t r = 0; r < rows; ++r)
+      for (int i = 0; i < D; i += L) *(F*)(o + r * D + i) *= q[r];
+    store_rows<T>(o, rows, nullptr, 0, 1.f, out, out_rows(shape, task), first);
+  }
+}
+
+// P = 2^(S - lse), dV = P^T dO, dP = dO V^T, dS = P (dP - delta), delta = rowsum(dO O), dQ = dS K / 8, dK = dS^T Q / 8.
+template <class T>
+inline void backward(const AttentionShape& shape, int64_t task, const typename T::Element* dout, const typename T::Element* qkv,
+                     const float* angles, const typename T::Element* out, const float* lse, typename T::Element* dqkv,
+                     float* scratch) {
+  const int64_t N = shape.N, n = padded(N), prefix = shape.prefix;
+  const Rows rows_o = out_rows(shape, task);
+  Scratch s{scratch};
+  float *k = s.take(n * D), *kt = s.take(n * D), *v = s.take(n * D), *vt = s.take(n * D), *dk = s.take(n * D), *dv = s.take(n * D);
+  float *q = s.take(kTile * D), *g = s.take(kTile * D), *o = s.take(kTile * D), *dq = s.take(kTile * D);
+  float *p = s.take(kTile * n), *dp = s.take(kTile * n);
+  load_rows<T>(qkv, qkv_rows(shape, task, 1), 0, N, n, angles, prefix, 1.f, k);
+  load_rows<T>(qkv, qkv_rows(shape, task, 2), 0, N, n, nullptr, 0, 1.f, v);
+  pack_columns(k, n, kt);
+  pack_columns(v, n, vt);
+  for (int64_t i = 0; i < n * D; i += L) *(F*)(dk + i) = *(F*)(dv + i) = F{};
+  for (int64_t first = 0; first < N; first += kTile) {
+    const int64_t rows = N - first < kTile ? N - first : kTile;
+    load_rows<T>(qkv, qkv_rows(shape, task, 0), first, rows, kTile, angles, prefix, 0.125f * kLog2e, q);
+    load_rows<T>(dout, rows_o, first, rows, kTile, nullptr, 0, 1.f, g);
+    load_rows<T>(out, rows_o, first, rows, kTile, nullptr, 0, 1.f, o);
+    product<false>(rows, n, D, q, D, 1, kt, D * L, L, p, n);
+    product<false>(rows, n, D, g, D, 1, vt, D * L, L, dp, n);
+    for (int64_t r = 0; r < rows; ++r) {
+      F dot = {};
+      for (int i = 0; i < D; i += L) dot = fused(*(F*)(g + r * D + i), *(F*)(o + r * D + i), dot);
+      const float delta = sum_lanes<float>(dot), shift = lse[task * N + first + r];
+      for (int64_t i = 0; i < n; i += L) {
+        F* const pi = (F*)(p + r * n + i);
+        F* const di = (F*)(dp + r * n + i);
+        *pi = exp2_clamped(*pi - shift);
+        *di = *pi * (*di - delta);
+      }
+    }
+    product<true>(N, D, rows, p, 1, n, g, L, D, dv, D);
+    product<true>(N, D, rows, dp, 1, n, q, L, D, dk, D);
+    product<false>(rows, D, N, dp, n, 1, k, L, D, dq, D);
+    store_rows<T>(dq, rows, angles, prefix, 0.125f, dqkv, qkv_rows(shape, task, 0), first);
+  }
+  store_rows<T>(dk, N, angles, prefix, kLn2, dqkv, qkv_rows(shape, task, 1), 0);             // Q came with log2(e) / 8 in it
+  store_rows<T>(dv, N, nullptr, 0, 1.f, dqkv, qkv_rows(shape, task, 2), 0);
+}
+
+inline void attention_forward(AttentionShape shape, int64_t task, Type type, const void* qkv, const float* angles, void* out,
+                              float* lse, float* scratch) {
+  if (type == Type::f32) return forward<F32>(shape, task, (In32)qkv, angles, (float*)out, lse, scratch);
+  if (type == Type::bf16) return forward<BF16>(shape, task, (In16)qkv, angles, (uint16_t*)out, lse, scratch);
+  forward<F16>(shape, task, (In16)qkv, angles, (uint16_t*)out, lse, scratch);
+}
+inline void attention_backward(AttentionShape shape, int64_t task, Type type, const void* dout, const void* qkv, const float* angles,
+                               const void* out, const float* lse, void* dqkv, float* scratch) {
+  if (type == Type::f32)
+    backward<F32>(shape, task, (In32)dout, (In32)qkv, angles, (In32)out, lse, (float*)dqkv, scratch);
+  else if (type == Type::bf16)
+    backward<BF16>(shape, task, (In16)dout, (In16)qkv, angles, (In16)out, lse, (uint16_t*)dqkv, scratch);
+  else
+    backward<F16>(shape, task, (In16)dout, (In16)qkv, angles, (In16)out, lse, (uint16_t*)dqkv, scratch);
+}

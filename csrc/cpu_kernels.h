@@ -1,0 +1,192 @@
+// The CPU kernels for one instruction set: SAE_LANES floats to a vector, everything in namespace SAE_ISA (no name may be shared
+// between instruction sets: the linker keeps one copy of it, and that copy could be the one the processor cannot run).
+#define SAE_INLINE inline __attribute__((always_inline))
+
+namespace sae {
+namespace SAE_ISA {
+
+constexpr char kName[] = SAE_NAME;
+constexpr int L = SAE_LANES;
+typedef float F __attribute__((vector_size(4 * L)));
+typedef uint32_t U __attribute__((vector_size(4 * L)));
+typedef int32_t I __attribute__((vector_size(4 * L)));
+typedef uint16_t U16 __attribute__((vector_size(2 * L)));
+typedef float FUnaligned __attribute__((vector_size(4 * L), aligned(4), may_alias));
+typedef uint16_t U16Unaligned __attribute__((vector_size(2 * L), aligned(2), may_alias));
+
+typedef const float* In32;
+typedef const uint16_t* In16;
+
+template <class To, class From>
+SAE_INLINE To bits(From v) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To r;
+  std::memcpy(&r, &v, sizeof r);
+  return r;
+}
+template <class C, class T>
+SAE_INLINE T select(C c, T a, T b) { return c ? a : b; }
+SAE_INLINE F to_float(I v) { return __builtin_convertvector(v, F); }
+
+#if SAE_LANES == 16
+SAE_INLINE F fused(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+SAE_INLINE F square_root(F v) { return (F)_mm512_sqrt_ps((__m512)v); }
+SAE_INLINE U mul_wide(uint32_t m, U v, U& high) {
+  const __m512i x = (__m512i)v, mm = _mm512_set1_epi32((int)m);
+  const __m512i even = _mm512_mul_epu32(x, mm), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), mm);
+  high = (U)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+  return (U)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+}
+SAE_INLINE void transpose4(F (&v)[4]) {                       // 4 x 4 inside every 128 bits
+  const __m512 a = _mm512_unpacklo_ps((__m512)v[0], (__m512)v[1]), b = _mm512_unpackhi_ps((__m512)v[0], (__m512)v[1]);
+  const __m512 c = _mm512_unpacklo_ps((__m512)v[2], (__m512)v[3]), d = _mm512_unpackhi_ps((__m512)v[2], (__m512)v[3]);
+  v[0] = (F)_mm512_shuffle_ps(a, c, 0x44);
+  v[1] = (F)_mm512_shuffle_ps(a, c, 0xEE);
+  v[2] = (F)_mm512_shuffle_ps(b, d, 0x44);
+  v[3] = (F)_mm512_shuffle_ps(b, d, 0xEE);
+}
+SAE_INLINE F load_quads(const float* p, int64_t stride) {     // 4 floats from each of L / 4 rows
+  const __m256 a = _mm256_set_m128(_mm_loadu_ps(p + stride), _mm_loadu_ps(p));
+  const __m256 b = _mm256_set_m128(_mm_loadu_ps(p + 3 * stride), _mm_loadu_ps(p + 2 * stride));
+  return (F)_mm512_insertf32x8(_mm512_castps256_ps512(a), b, 1);
+}
+SAE_INLINE F half_to_float(U16 v) { return (F)_mm512_cvtph_ps((__m256i)v); }
+SAE_INLINE U16 float_to_half(F v) { return (U16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#elif SAE_LANES == 8
+SAE_INLINE F fused(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+SAE_INLINE F square_root(F v) { return (F)_mm256_sqrt_ps((__m256)v); }
+SAE_INLINE U mul_wide(uint32_t m, U v, U& high) {
+  const __m256i x = (__m256i)v, mm = _mm256_set1_epi32((int)m);
+  const __m256i even = _mm256_mul_epu32(x, mm), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), mm);
+  high = (U)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  return (U)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+}
+SAE_INLINE void transpose4(F (&v)[4]) {
+  const __m256 a = _mm256_unpacklo_ps((__m256)v[0], (__m256)v[1]), b = _mm256_unpackhi_ps((__m256)v[0], (__m256)v[1]);
+  const __m256 c = _mm256_unpacklo_ps((__m256)v[2], (__m256)v[3]), d = _mm256_unpackhi_ps((__m256)v[2], (__m256)v[3]);
+  v[0] = (F)_mm256_shuffle_ps(a, c, 0x44);
+  v[1] = (F)_mm256_shuffle_ps(a, c, 0xEE);
+  v[2] = (F)_mm256_shuffle_ps(b, d, 0x44);
+  v[3] = (F)_mm256_shuffle_ps(b, d, 0xEE);
+}
+SAE_INLINE F load_quads(const float* p, int64_t stride) { return (F)_mm256_set_m128(_mm_loadu_ps(p + stride), _mm_loadu_ps(p)); }
+SAE_INLINE F half_to_float(U16 v) { return (F)_mm256_cvtph_ps((__m128i)v); }
+SAE_INLINE U16 float_to_half(F v) { return (U16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#else
+SAE_INLINE F fused(F a, F b, F c) {
+  F r = {};
+  for (int i = 0; i < L; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return r;
+}
+SAE_INLINE F square_root(F v) {
+  for (int i = 0; i < L; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+}
+SAE_INLINE U mul_wide(uint32_t m, U v, U& high) {
+  high = U{};
+  for (int i = 0; i < L; ++i) high[i] = uint32_t(uint64_t(m) * v[i] >> 32);
+  return m * v;
+}
+SAE_INLINE void transpose4(F (&v)[4]) {
+  F t[4] = {};
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < L; ++j) t[i][j] = v[j % 4][j / 4 * 4 + i];
+  for (int i = 0; i < 4; ++i) v[i] = t[i];
+}
+SAE_INLINE F load_quads(const float* p, int64_t) { return *(const FUnaligned*)p; }
+SAE_INLINE F half_to_float(U16 v) {                           // exponent re-based by a multiplication, which also serves denormals
+  const U x = __builtin_convertvector(v, U);
+  const F magnitude = bits<F>((x & 0x7fffu) << 13) * 0x1p112f;
+  const U infinite = bits<U>((x & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+  return bits<F>(bits<U>(magnitude) | infinite | (x & 0x8000u) << 16);
+}
+SAE_INLINE U16 float_to_half(F v) {                           // round to nearest even
+  const U x = bits<U>(v), sign = x >> 16 & 0x8000u, a = x & 0x7fffffffu;
+  const U normal = (a - 0x38000000u + 0xfffu + (a >> 13 & 1u)) >> 13;
+  const U denormal = bits<U>(bits<F>(a) + 0.5f) - 0x3f000000u;
+  U r = select(a < 0x38800000u, denormal, normal);
+  r = select(a >= 0x477ff000u, U{} + 0x7c00u, r);
+  r = select(a > 0x7f800000u, U{} + 0x7e00u, r);
+  return __builtin_convertvector(r | sign, U16);
+}
+#endif
+
+struct F32 {
+  typedef float Element;
+  static SAE_INLINE F load(const float* p) { return *(const FUnaligned*)p; }
+  static SAE_INLINE void store(float* p, F v) { *(FUnaligned*)p = v; }
+};
+struct BF16 {
+  typedef uint16_t Element;
+  static SAE_INLINE F load(const uint16_t* p) {
+    const U16 v = *(const U16Unaligned*)p;
+    return bits<F>(__builtin_convertvector(v, U) << 16);
+  }
+  static SAE_INLINE void store(uint16_t* p, F v) {            // round to nearest even; NaN stays NaN
+    const U x = bits<U>(v);
+    const U r = select(v != v, U{} + 0x7fc0u, (x + 0x7fffu + (x >> 16 & 1u)) >> 16);
+    *(U16Unaligned*)p = __builtin_convertvector(r, U16);
+  }
+};
+struct F16 {
+  typedef uint16_t Element;
+  static SAE_INLINE F load(const uint16_t* p) {
+    const U16 v = *(const U16Unaligned*)p;
+    return half_to_float(v);
+  }
+  static SAE_INLINE void store(uint16_t* p, F v) { *(U16Unaligned*)p = float_to_half(v); }
+};
+// The first n < L lanes; the others read as 0.
+template <class T>
+SAE_INLINE F load_some(const typename T::Element* p, int64_t n) {
+  typename T::Element t[L] = {};
+  for (int64_t i = 0; i < n; ++i) t[i] = p[i];
+  return T::load(t);
+}
+template <class T>
+SAE_INLINE void store_some(typename T::Element* p, F v, int64_t n) {
+  typename T::Element t[L];
+  T::store(t, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = t[i];
+}
+template <class Sum = double>
+SAE_INLINE Sum sum_lanes(F v) {
+  Sum s = 0;
+  for (int i = 0; i < L; ++i) s += v[i];
+  return s;
+}
+
+// 2^(i + f), |f| <= 1/2 and -126 <= i <= 127; the polynomial's relative error is 2e-9. NaN stays NaN, whatever i is.
+SAE_INLINE F exp2_split(I i, F f) {
+  F p = F{} + 1.5478022397e-04f;
+  p = fused(p, f, F{} + 1.3400431490e-03f);
+  p = fused(p, f, F{} + 9.6179945394e-03f);
+  p = fused(p, f, F{} + 5.5503271520e-02f);
+  p = fused(p, f, F{} + 2.4022652209e-01f);
+  p = fused(p, f, F{} + 6.9314718246e-01f);
+  p = fused(p, f, F{} + 1.f);
+  return p * bits<F>((i + 127) << 23);
+}
+constexpr float kRound = 12582912.f;                          // 1.5 * 2^23: x + kRound has no fraction left
+SAE_INLINE F exp2_clamped(F x) {                              // 2^x for x <= 127; below -126 it stays 2^-126
+  x = select(x < -126.f, F{} - 126.f, x);
+  const F t = x + kRound;
+  return exp2_split(bits<I>(t) - bits<I>(F{} + kRound), x - (t - kRound));
+}
+SAE_INLINE F exp_clamped(F x) {                               // e^x for -87 <= x <= 88
+  const F log2e = F{} + 1.44269504f, t = fused(x, log2e, F{} + kRound);
+  return exp2_split(bits<I>(t) - bits<I>(F{} + kRound), fused(x, F{} + 1.92596299e-08f, fused(x, log2e, kRound - t)));
+}
+
+#include "noise.h"
+#include "cpu_attention.h"
+#include "cpu_gaussian.h"
+
+}  // namespace SAE_ISA
+
+extern const CpuKernels SAE_KERNELS;
+const CpuKernels SAE_KERNELS = {
+    SAE_ISA::kName,         SAE_ISA::attention_scratch,       SAE_ISA::attention_forward, SAE_ISA::attention_backward,
+    SAE_ISA::reparameterize_forward, SAE_ISA::reparameterize_backward, SAE_ISA::squared_error,     SAE_ISA::scaled_difference};
+
+}  // namespace sae

@@ -1,0 +1,330 @@
+"""Breaks the CUDA kernels on purpose, one line at a time, and fails unless the emulated tests notice every bug.
+
+    python tests/mutate.py [PART OF A NAME]   all mutants, two compilers at a time; exit status 1 when one survives
+    python tests/mutate.py run MODULE CASES   the cases alone, on one build of the emulated kernels (numpy only: it runs under sanitizers)
+
+A mutant is built the way it shows: plainly (and run with warps in ascending and in descending order), with AddressSanitizer or with
+ThreadSanitizer. The unbroken kernels must pass all three.
+"""
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+CSRC = Path(__file__).resolve().parent.parent / 'csrc'
+SOURCES = ('attention.cu', 'attention_fp32.cu', 'gaussian.cu')
+SANITIZERS = {'plain': [], 'asan': ['-g', '-fsanitize=address'], 'tsan': ['-g', '-fsanitize=thread']}
+FLOAT32, BFLOAT16, FLOAT16 = range(3)
+
+# (source, name, build that shows it, text, replacement); the text occurs once unless a count of replacements is given
+MUTANTS = [
+    ('attention.cu', 'forward: no barrier before a chunk is overwritten', 'tsan', '    if (base) __syncthreads();                                           // the last chunk', '    //'),
+    ('attention.cu', 'dQ: no barrier before a chunk is overwritten', 'tsan',
+     '    if (base) __syncthreads();\n    load_tile(vs', '    load_tile(vs'),
+    ('attention.cu', 'dK, dV: no barrier before a chunk is overwritten', 'tsan',
+     '    if (base) __syncthreads();\n    load_tile(gs', '    load_tile(gs'),
+    ('attention.cu', 'forward: no barrier after loading', 'plain',
+     '    copy_async_wait();\n    __syncthreads();\n    if (row0 >= a.N) continue;                 ', '    copy_async_wait();\n    if (row0 >= a.N) continue;                 '),
+    ('attention.cu', 'dK, dV: no barrier after loading', 'plain',
+     '    copy_async_wait();\n    __syncthreads();\n    if (row0 >= a.N) continue;\n    for (int q0', '    copy_async_wait();\n    if (row0 >= a.N) continue;\n    for (int q0'),
+    ('attention.cu', 'V is not waited for', 'plain', '    copy_async_wait();\n    __syncthreads();\n    if (row0 >= a.N) continue;                 ',
+     '    __syncthreads();\n    if (row0 >= a.N) continue;                 '),
+    ('attention.cu', 'no mask', 'plain', '  if (column0 + 8 * kColumns <= left) return;', '  return;'),
+    ('attention.cu', 'mask off by one', 'plain', '(i & 1) >= left) s', '(i & 1) > left) s'),
+    ('attention.cu', 'mask skips a full last step', 'plain', 'if (column0 + 8 * kColumns <= left) return;', 'if (column0 + 8 * kColumns <= left + 8) return;'),
+    ('attention.cu', 'forward: last 16 keys left out', 'plain', '    if (k0 < rows) softmax', '    if (false) softmax'),
+    ('attention.cu', 'dQ: padded keys keep their weight', 'plain', '  mask(s, k0, left, 0.f);\n', ''),
+    ('attention.cu', 'dK, dV: padded queries weigh NaN', 'plain', 'lse[i] = i < left ? a.lse', 'if (i < left) lse[i] = i < left ? a.lse'),
+    ('attention.cu', 'writes past the last row', 'asan', '    if (r >= n) continue;\n    const float scale', '    const float scale'),
+    ('attention.cu', 'reads past the last row', 'asan', 'f.v[k][i] = r < n ?', 'f.v[k][i] = r < n + 16 ?'),
+    ('attention.cu', 'shared memory 16 bytes short', 'asan', 'constexpr size_t kTwoTiles = 2 * kChunk * D * sizeof(u16);', 'constexpr size_t kTwoTiles = 2 * kChunk * D * sizeof(u16) - 16;'),
+    ('attention.cu', 'no room for lse and delta', 'asan', 'kTwoTiles + 2 * kChunk * sizeof(float)', 'kTwoTiles + kChunk * sizeof(float)'),
+    ('attention.cu', 'B operand swapped', 'plain', 'mma<T>(sum[t].v[2 * d + 1], a[t], b[2], b[3]);', 'mma<T>(sum[t].v[2 * d + 1], a[t], b[3], b[2]);'),
+    ('attention.cu', 'A operand swapped', 'plain', 'a[t][1] = pack<T>(p[t][2 * k][2], p[t][2 * k][3]);\n      a[t][2] = pack<T>(p[t][2 * k + 1][0], p[t][2 * k + 1][1]);',
+     'a[t][2] = pack<T>(p[t][2 * k][2], p[t][2 * k][3]);\n      a[t][1] = pack<T>(p[t][2 * k + 1][0], p[t][2 * k + 1][1]);'),
+    ('attention.cu', 'ldmatrix reads the other half', 'plain', 'half * 4 + lane / 8', '(1 - half) * 4 + lane / 8'),
+    ('attention.cu', 'the last row of a tile is not loaded', 'plain', 'int rows, int n) {\n  for (int i', 'int rows, int n) {\n  --rows;\n  for (int i'),
+    ('attention.cu', 'return where a barrier follows', 'plain', '    if (row0 >= a.N) continue;                                           //', '    if (row0 >= a.N) return;  //'),
+    ('attention.cu', 'the output is not rescaled', 'plain', 'o[t].v[d][2 * half + 1] *= shrink;', ''),
+    ('attention.cu', 'the sum is not rescaled', 'plain', 'l[t][half] *= shrink;', ''),
+    ('attention.cu', 'the slack is far too wide', 'plain', 'kSlack = 8.f / kScoreScale', 'kSlack = 8000.f / kScoreScale'),
+    ('attention.cu', 'lse without the maximum', 'plain', 'softmax.m[t][half] * kScoreScale + log2f', 'log2f'),
+    ('attention.cu', 'dQ is not turned back', 'plain', '    turn_back_sum(dq[t], row0 + t * 16, a);\n', ''),
+    ('attention.cu', 'dK is not turned back', 'plain', '    turn_back_sum(dk[t], row0 + t * 16, a);\n', ''),
+    ('attention.cu', 'prefix tokens are turned in registers', 'plain', '    if (r < a.prefix || r >= a.N) continue;\n#pragma unroll\n    for (int k', '    if (r >= a.N) continue;\n#pragma unroll\n    for (int k'),
+    ('attention.cu', 'prefix tokens are turned in shared memory', 'plain', '      if (t >= a.prefix) {', '      if (true) {'),
+    ('attention.cu', 'dQ without the scale', 'plain', 'dq[t], row0 + t * 16, a.N, kScale, kScale', 'dq[t], row0 + t * 16, a.N, 1.f, 1.f'),
+    ('attention.cu', 'two warps own the same rows', 'tsan', 'row0 = p.tile * kRowsOfBlock + threadIdx.x / 32 * 16 * kTiles;\n  Operand q[kTiles];', 'row0 = p.tile * kRowsOfBlock + threadIdx.x / 32 % 2 * 16 * kTiles;\n  Operand q[kTiles];'),
+    ('attention.cuh', 'the sine has the wrong sign', 'plain', 'y = y * angle.x + x * angle.y;', 'y = y * angle.x - x * angle.y;'),
+    ('attention.cuh', 'rows and columns of the grid swapped', 'plain', 'const int patch = token - a.prefix, y = patch / a.w, x = patch - y * a.w;', 'const int patch = token - a.prefix, x = patch / a.w, y = patch - x * a.w;'),
+    ('attention.cuh', 'a quad sums two lanes', 'plain', 'return v + __shfl_xor_sync(~0u, v, 2);', 'return v;'),
+    ('attention.cuh', 'a quad takes the maximum of two lanes', 'plain', 'return fmaxf(v, __shfl_xor_sync(~0u, v, 2));', 'return v;'),
+    ('attention.cuh', 'the wrong head', 'plain', '(int64_t(which) * a.H + p.head) * D', '(int64_t(which) + p.head * 3) * D'),
+    ('attention_fp32.cu', 'fp32: no barrier after loading', 'tsan', 'base, a, false);\n    __syncthreads();\n    for (int j = 0; j < smaller(kKeys, a.N - base); ++j) {\n      const float s', 'base, a, false);\n    for (int j = 0; j < smaller(kKeys, a.N - base); ++j) {\n      const float s'),
+    ('attention_fp32.cu', 'fp32: one key too many', 'plain', 'j < smaller(kKeys, a.N - base); ++j) {\n      const float s', 'j < smaller(kKeys, a.N - base + 1); ++j) {\n      const float s'),
+    ('attention_fp32.cu', 'fp32: dK is not turned back', 'plain', '  turn_part(dk, c, row, a, true);\n', ''),
+    ('attention_fp32.cu', 'fp32: reads past the last row', 'asan', '  if (t >= a.N) return;\n', ''),
+    ('gaussian.cu', 'no barrier in the sum of a block', 'tsan', 'warp[threadIdx.x / 32] = v;\n  __syncthreads();', 'warp[threadIdx.x / 32] = v;'),
+    ('gaussian.cu', 'no barrier in the last sum', 'tsan', '    __syncthreads();\n    if (static_cast<int>(threadIdx.x) < half)', '    if (static_cast<int>(threadIdx.x) < half)'),
+    ('gaussian.cu', 'the first noise block only', 'plain', 'const uint64_t block = first / 4 + i / 4;', 'const uint64_t block = first / 4;'),
+    ('gaussian.cu', 'the offset is forgotten', 'plain', 'const Eight eps = draw<kFast>(a.seed, a.offset + at);', 'const Eight eps = draw<kFast>(a.seed, at);'),
+    ('gaussian.cu', 'backward draws other noise', 'plain', ', eps = draw<kFast>(a.seed, a.offset + at);', ', eps = draw<kFast>(a.seed, a.offset + at + 4);'),
+    ('gaussian.cu', 'the clamp lets its gradient through', 'plain', 'logvar.v[j] > -30.f && logvar.v[j] < 20.f ? d : 0.f', 'd'),
+    ('gaussian.cu', 'no clamp from above', 'plain', ': v > 20.f ? 20.f : v;', ': v;'),
+    ('gaussian.cu', 'padding counts in the KL', 'plain', 'if (kFast || j < left) kl +=', 'kl += 1e-3f +'),
+    ('gaussian.cu', 'writes past the end of a sample', 'asan', '      if (i < n) store_one(p + i, e.v[i]);', '      store_one(p + i, e.v[i]);'),
+    ('gaussian.cu', 'the fast path for any length', 'asan', 'const bool fast = e.n % kEach == 0;\n  if', 'const bool fast = true;\n  if'),
+    ('noise.h', 'a Philox round less', 'plain', 'round < 10', 'round < 9'),
+    ('noise.h', 'sine and cosine swapped', 'plain', 'eps[i] = r * c;\n    eps[i + 1] = r * s;', 'eps[i] = r * s;\n    eps[i + 1] = r * c;'),
+    ('noise.h', 'the wrong quadrant', 'plain', '(quadrant & 2u) << 30;', '(quadrant & 1u) << 31;'),
+]
+
+
+# ------------------------------------------------------------------ cases: inputs, and what oracles say
+
+def cases(shapes, path):
+    """Writes inputs and expected outputs to the npz file `path`.
+
+    Attention: transformers' DINOv3 rotation and attention in float64. Gaussian: torch.distributions' KL and autograd in float64, on the
+    noise of sae.philox_normal, which tests/test_ops.py holds to torch's Philox engine. Error: torch's mse_loss. Bounds of attention: twice
+    (gradients three times) the largest error of PyTorch's own computation in the same dtype, plus half an ulp of the largest value.
+    """
+    import torch
+    from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb, eager_attention_forward
+
+    import sae
+    torch.manual_seed(0)
+    arrays = {}
+
+    def put(case, **values):
+        for key, v in values.items():
+            if isinstance(v, torch.Tensor):
+                v = v.detach().contiguous()
+                v = (v.view(torch.int16) if v.dtype in (torch.bfloat16, torch.float16) else v).numpy()
+            arrays[f'{case}/{key}'] = np.asarray(v)
+
+    def bound(own, expected, factor):
+        dtype_eps = torch.finfo(own.dtype).eps
+        return factor * (own.double() - expected).abs().max().item() + dtype_eps / 2 * expected.abs().max().item()
+
+    def attend(qkv, rope, prefix):
+        rows, cols = rope
+        h, w = len(rows), len(cols)
+        table = torch.cat([rows[:, None].expand(h, w, -1, 2), cols[None].expand(h, w, -1, 2)], 2).flatten(0, 1).repeat(1, 2, 1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = apply_rotary_pos_emb(q, k, *table.to(qkv.dtype).unbind(-1))
+        scores = q @ k.transpose(-1, -2) / 8
+        module = torch.nn.Module().eval()
+        module.num_key_value_groups = 1
+        return eager_attention_forward(module, q, k, v, None, scaling=1 / 8)[0].flatten(2), scores.logsumexp(-1)
+
+    for i, (t, B, H, h, w, prefix, spread) in enumerate(shapes):
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[t]
+        N = prefix + h * w
+        qkv = torch.randn(B, N, 3, H, 64)
+        if spread > 1:                                        # scores grow along the keys: the maximum moves again and again
+            qkv[:, :, 0] += spread * qkv[:, :1, 0]
+            qkv[:, :, 1] += torch.linspace(0, spread, N).view(-1, 1, 1) * qkv[:, :1, 0]
+        if spread < 0:                                        # every score is far below 0, and so is lse
+            qkv[:, :, 0], qkv[:, :, 1] = -spread * qkv[:, :1, 0] + qkv[:, :, 0], spread * qkv[:, :1, 0] + qkv[:, :, 1]
+        qkv = qkv.to(dtype)
+        dout = torch.randn(B, N, H * 64).to(dtype)
+        rope = sae.rope_tables(h, w)
+        expected, own = [], []
+        for d, out in ((torch.float64, expected), (dtype, own)):
+            x = qkv.to(d).requires_grad_()
+            o, lse = attend(x, rope, prefix)
+            o.backward(dout.to(d))
+            out += [o.detach(), lse.detach() / np.log(2), x.grad]
+        bounds = [bound(a, b, f) for a, b, f in zip(own, expected, (2, 2, 3))]
+        # Q, K and V have gradients of different sizes, and a bound of one should not cover for another.
+        bounds += [bound(own[2][:, :, j], expected[2][:, :, j], 3) for j in range(3)]
+        bounds[1] = max(bounds[1], 1e-5 * expected[1].abs().max().item())
+        put(f'attention {i}', sizes=[t, B, N, H, prefix, h, w], rows=rope[0], cols=rope[1], qkv=qkv, dout=dout,
+            expected_o=expected[0], expected_lse=expected[1], expected_dqkv=expected[2], bounds=bounds)
+
+    for i, (t, shape, seed, offset) in enumerate([(FLOAT32, (2, 3 * 4096 + 64), 7, 0), (BFLOAT16, (1, 4096 + 8), 2 ** 40 + 3, 4), (FLOAT16, (3, 37), 5, 3),
+                                                  (FLOAT32, (1, 8), 1, 2 ** 34 - 4)]):
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[t]
+        mu, logvar, dz = (torch.randn(shape).to(dtype) for _ in range(3))
+        logvar.view(-1)[:3] = torch.tensor([25., -40., 10.])
+        dkl = torch.randn(shape[0])
+        m, v = mu.double().requires_grad_(), logvar.double().requires_grad_()
+        eps = sae.philox_normal(mu.numel(), seed, offset).view(shape)
+        z = m + (v.clamp(-30, 20) / 2).exp() * eps
+        kl = sum(torch.distributions.kl_divergence(torch.distributions.Normal(a, (b.clamp(-30, 20) / 2).exp()), torch.distributions.Normal(0, 1)).sum()[None]
+                 * torch.eye(shape[0])[j].double() for j, (a, b) in enumerate(zip(m, v)))
+        dmu, dlogvar = torch.autograd.grad([z, kl], [m, v], [dz.double(), dkl.double()])
+        put(f'gaussian {i}', sizes=[t, *shape, seed, offset], mu=mu, logvar=logvar, dz=dz, dkl=dkl, expected_z=z, expected_kl=kl,
+            expected_dmu=dmu, expected_dlogvar=dlogvar, scale_z=m.abs() + (z - m).abs(), scale_dmu=dz.abs() + (dmu - dz).abs(),
+            scale_dlogvar=((z - m) * dz).abs() / 2 + dkl.abs().view(-1, 1) * (v.clamp(-30, 20).exp() + 1) / 2)
+
+    for i, (t, n) in enumerate([(FLOAT32, 4096 + 16), (BFLOAT16, 2 * 4096 + 24), (FLOAT16, 77)]):
+        a, b = (torch.randn(n).to((torch.float32, torch.bfloat16, torch.float16)[t]) for _ in range(2))
+        x = a.double().requires_grad_()
+        loss = torch.nn.functional.mse_loss(x, b.double())
+        loss.backward(torch.tensor(3., dtype=torch.float64))
+        put(f'error {i}', sizes=[t, n], a=a, b=b, expected_mean=loss, expected_da=x.grad)
+    np.savez(path, **arrays)
+
+
+# (dtype, B, H, h, w, prefix, spread of the scores); the chunk of these builds is 48 rows
+SMALL = [(BFLOAT16, 1, 1, 1, 1, 0, 1), (BFLOAT16, 2, 2, 3, 4, 3, 1), (FLOAT16, 1, 1, 3, 4, 5, 1), (BFLOAT16, 1, 2, 10, 11, 5, 1), (BFLOAT16, 1, 1, 7, 9, 0, 3),
+         (BFLOAT16, 1, 1, 1, 1, 62, 4), (BFLOAT16, 1, 1, 1, 1, 18, -4),
+         (FLOAT32, 1, 2, 5, 7, 2, 1), (FLOAT32, 1, 1, 1, 3, 0, 2)]
+
+
+# ------------------------------------------------------------------ run: numpy only
+
+def run(module, path):
+    """The names of the outputs that are off by more than their bounds, with how far."""
+    spec = importlib.util.spec_from_file_location('emulate', module)
+    emulate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(emulate)
+    data = np.load(path)
+    wrong = []
+
+    def address(x):
+        return x.__array_interface__['data'][0]
+
+    def values(x, t):
+        return x.view(np.float16).astype(np.float64) if t == FLOAT16 and x.dtype == np.int16 else \
+            (x.astype(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64) if x.dtype == np.int16 else x.astype(np.float64)
+
+    def unwritten(shape, t):
+        return np.full(shape, -1, np.int16) if t else np.full(shape, np.nan, np.float32)
+
+    def compare(name, got, expected, bound):
+        error = np.abs(got - expected)
+        if not np.all(error <= bound):
+            wrong.append(f'{name}: off by {np.max(error):.2e}')
+
+    names = sorted({key.split('/')[0] for key in data.files})
+    for name in names:
+        case = {key.split('/')[1]: data[key] for key in data.files if key.startswith(name + '/')}
+        t, *sizes = (int(s) for s in case['sizes'])
+        eps = (2. ** -23, 2. ** -8, 2. ** -11)[t]
+        if name.startswith('attention'):
+            B, N, H, prefix, h, w = sizes
+            shape = (t, B, N, H, prefix, h, w, address(case['rows']), address(case['cols']), address(case['qkv']))
+            o, lse = unwritten((B, N, H * 64), t), unwritten((B, H, N), FLOAT32)
+            delta, dqkv = unwritten((B, H, N), FLOAT32), unwritten((B, N, 3, H, 64), t)
+            emulate.attention_forward(*shape, address(o), address(lse))
+            emulate.attention_backward(*shape, address(o), address(lse), address(case['dout']), address(delta), address(dqkv))
+            compare(f'{name} o', values(o, t), case['expected_o'], case['bounds'][0])
+            compare(f'{name} lse', values(lse, 0), case['expected_lse'], case['bounds'][1])
+            for j, part in enumerate(('dq', 'dk', 'dv')):
+                compare(f'{name} {part}', values(dqkv, t)[:, :, j], case['expected_dqkv'][:, :, j], case['bounds'][3 + j])
+        elif name.startswith('gaussian'):
+            B, n, seed, offset = sizes
+            shape = (t, B, n, seed, offset, address(case['mu']), address(case['logvar']))
+            z, kl, partial = unwritten((B, n), t), unwritten(B, FLOAT32), np.full(B * emulate.partials(n), np.nan)
+            dmu, dlogvar = unwritten((B, n), t), unwritten((B, n), t)
+            emulate.reparameterize_forward(*shape, address(z), address(kl), address(partial))
+            emulate.reparameterize_backward(*shape, address(case['dz']), address(case['dkl']), address(dmu), address(dlogvar))
+            compare(f'{name} kl', values(kl, 0), case['expected_kl'], 2e-6 * np.abs(case['expected_kl']))
+            for key, got in (('z', z), ('dmu', dmu), ('dlogvar', dlogvar)):
+                expected = case[f'expected_{key}']
+                compare(f'{name} {key}', values(got, t), expected, eps * np.abs(expected) + 1e-6 * case[f'scale_{key}'])
+        else:
+            n, = sizes
+            mean, partial, da = unwritten(1, FLOAT32), np.full(emulate.partials(n), np.nan), unwritten(n, t)
+            emulate.squared_error_forward(t, n, address(case['a']), address(case['b']), address(mean), address(partial))
+            dmean = np.array([3], np.float32)
+            emulate.squared_error_backward(t, n, address(case['a']), address(case['b']), address(dmean), address(da))
+            compare(f'{name} mean', values(mean, 0), case['expected_mean'], 2e-6)
+            compare(f'{name} da', values(da, t), case['expected_da'], eps * np.abs(case['expected_da']) + 1e-7)
+    return wrong
+
+
+# ------------------------------------------------------------------ build
+
+def compile_binding(folder):
+    import pybind11
+    out = Path(folder) / 'emulate.o'
+    subprocess.run(['g++', '-std=c++20', '-O0', '-fPIC', '-I' + pybind11.get_include(), '-I' + sysconfig.get_path('include'), '-c',
+                    CSRC / 'emulate.cpp', '-o', out], check=True)
+    return out
+
+
+def compile_kernels(folder, binding, build='plain', chunk=48, sources=SOURCES, csrc=CSRC, base=None):
+    """A module of the emulated kernels; objects of `base` stand in for sources that are not compiled anew."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = [binding]
+    for name in SOURCES:
+        if name in sources:
+            subprocess.run(['g++', '-std=c++20', '-O1', '-ffp-contract=off', '-fPIC', '-w', '-x', 'c++', f'-DSAE_CHUNK={chunk}', *SANITIZERS[build], '-c', csrc / name,
+                            '-o', folder / f'{name}.o'], check=True)
+        objects.append((folder if name in sources else base) / f'{name}.o')
+    subprocess.run(['g++', '-shared', *SANITIZERS[build], *objects, '-o', folder / 'emulate.so'], check=True)
+    return folder / 'emulate.so'
+
+
+def verdict(module, path, build, order):
+    """'' when all cases pass, else what was noticed first."""
+    env = dict(os.environ, EMU_ORDER=str(order), OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1',
+               ASAN_OPTIONS='detect_leaks=0', TSAN_OPTIONS='report_mutex_bugs=0:halt_on_error=1')
+    if build != 'plain':
+        runtime = subprocess.run(['g++', f'-print-file-name=lib{build}.so'], capture_output=True, text=True, check=True).stdout.strip()
+        env['LD_PRELOAD'] = runtime
+    r = subprocess.run([sys.executable, __file__, 'run', module, path], env=env, capture_output=True, text=True, timeout=300)
+    text = r.stdout + r.stderr
+    for mark in ('data race', 'AddressSanitizer: ', 'simt_emu: ', 'off by'):
+        for line in text.splitlines():
+            if mark in line:
+                return line.strip()[:110]
+    return '' if r.returncode == 0 else f'exit status {r.returncode}: {text[-300:]}'
+
+
+def check(folder, binding, base, path, mutant):
+    source, name, build, text, replacement = mutant
+    code = (CSRC / source).read_text()
+    if code.count(text) != 1:
+        return f'the text of this mutant occurs {code.count(text)} times in {source}'
+    csrc = folder / 'csrc'
+    csrc.mkdir(parents=True)
+    for f in CSRC.iterdir():
+        (csrc / f.name).symlink_to(f) if f.name != source else (csrc / f.name).write_text(code.replace(text, replacement))
+    changed = {'attention.cuh': SOURCES[:2], 'noise.h': SOURCES[2:]}.get(source, (source,))
+    module = compile_kernels(folder, binding, build, sources=changed, csrc=csrc, base=base[build])
+    return verdict(module, path, build, 0) or (verdict(module, path, build, 1) if build == 'plain' else '')
+
+
+def main(only=''):
+    """Returns the survivors' names; `only` chooses the mutants whose name has it."""
+    mutants = [m for m in MUTANTS if only in m[1]]
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        cases(SMALL, folder / 'cases.npz')
+        binding = compile_binding(folder)
+        with ThreadPoolExecutor(2) as pool:
+            modules = dict(zip(SANITIZERS, pool.map(lambda b: compile_kernels(folder / b, binding, b), SANITIZERS)))
+            base = {b: folder / b for b in SANITIZERS}
+            unbroken = list(pool.map(lambda x: verdict(modules[x[0]], folder / 'cases.npz', *x), [('plain', 0), ('plain', 1), ('asan', 0), ('tsan', 0)]))
+            for what, found in zip(('plain', 'plain, descending', 'asan', 'tsan'), unbroken):
+                print(f'unbroken, {what:40s} {found or "passes"}', flush=True)
+                survivors += [f'the unbroken kernels fail ({what})'] * bool(found)
+            found = pool.map(lambda i: check(folder / str(i), binding, base, folder / 'cases.npz', mutants[i]), range(len(mutants)))
+            for mutant, f in zip(mutants, found):
+                print(f'{mutant[2]:6s} {mutant[1]:52s} {f or "SURVIVES"}', flush=True)
+                survivors += [mutant[1]] * (not f or f.startswith('the text'))
+    return survivors
+
+
+if __name__ == '__main__':
+    if sys.argv[1:2] == ['run']:
+        wrong = run(*sys.argv[2:])
+        print('\n'.join(wrong))
+        sys.exit(bool(wrong))
+    sys.path.insert(0, str(CSRC.parent))
+    survivors = main(*sys.argv[1:])
+    print(f'{len(survivors)} survive')
+    sys.exit(bool(survivors))

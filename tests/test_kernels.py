@@ -1,0 +1,84 @@
+"""The CUDA kernels without a GPU: the same .cu sources, compiled with g++ against csrc/simt_emu.h, and nvcc's own verdict on them.
+
+Oracles: transformers' DINOv3 attention, torch.distributions, torch's mse_loss (cases in mutate.py), the C++ ops of the CPU.
+"""
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import mutate
+import sae
+
+CSRC = Path(sae.__file__).resolve().parent / 'csrc'
+SPILL_BOUND = 40                                              # bytes a thread, of at most 255 registers of 4
+pytestmark = pytest.mark.skipif(not shutil.which('g++'), reason='no g++: the kernels cannot be emulated')
+
+# (dtype, B, H, h, w, prefix, spread): 256 x 256 pixels, one more row than fits in shared memory, 512 x 512 pixels
+BF16, F16, F32 = mutate.BFLOAT16, mutate.FLOAT16, mutate.FLOAT32
+REAL = [(BF16, 1, 1, 16, 16, 5, 1), (F16, 1, 1, 16, 17, 1, 2), (F32, 1, 1, 9, 11, 5, 1)]
+LARGE = [(BF16, 1, 1, 32, 32, 5, 1)]
+
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp('emulated')
+
+
+@pytest.fixture(scope='session')
+def binding(folder):
+    return mutate.compile_binding(folder)
+
+
+@pytest.fixture(scope='session')
+def module(folder, binding):
+    return mutate.compile_kernels(folder / 'real', binding, chunk=272)
+
+
+def verdict(module, shapes, folder, order):
+    mutate.cases(shapes, folder / 'cases.npz')
+    return mutate.verdict(module, folder / 'cases.npz', 'plain', order)
+
+
+@pytest.mark.parametrize('order', [0, 1], ids=['ascending warps', 'descending warps'])
+def test_kernels_match_transformers_at_261_tokens_and_past_one_chunk(module, tmp_path, order):
+    assert verdict(module, REAL, tmp_path, order) == ''
+
+
+def test_kernels_match_transformers_at_1029_tokens(module, tmp_path):
+    assert verdict(module, LARGE, tmp_path, 0) == ''
+
+
+def test_every_injected_bug_is_noticed_and_the_sanitizers_pass_the_unbroken_kernels(capsys):
+    with capsys.disabled():
+        print()
+        survivors = mutate.main()
+    assert survivors == []
+
+
+@pytest.mark.skipif(sae.NO_CSRC is not None, reason=f'the C++ ops are not built: {sae.NO_CSRC}')
+@pytest.mark.parametrize('n, seed, offset', [(4096 + 8, 3, 0), (75, 2 ** 62 + 1, 2), (64, 9, 2 ** 36 + 4), (16, 1, 2 ** 34 - 8)])
+def test_noise_of_the_cuda_kernel_equals_noise_of_the_cpu_bit_for_bit(module, n, seed, offset):
+    spec = importlib.util.spec_from_file_location('emulate', module)
+    emulate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(emulate)
+    zero, z, kl = torch.zeros(1, n), torch.empty(1, n), torch.empty(1)
+    partial = torch.empty(emulate.partials(n), dtype=torch.float64)
+    emulate.reparameterize_forward(F32, 1, n, seed, offset, *(t.data_ptr() for t in (zero, zero, z, kl, partial)))
+    assert torch.equal(z, sae.reparameterize(zero, zero, seed, offset)[0])
+
+
+@pytest.mark.skipif(not shutil.which('nvcc'), reason='no nvcc: register use is unknown')
+@pytest.mark.parametrize('arch', ['sm_80', 'sm_90'])
+def test_nvcc_compiles_every_kernel_with_few_register_spills(arch, tmp_path):
+    for name in mutate.SOURCES:
+        r = subprocess.run(['nvcc', '-std=c++17', '-O3', f'-arch={arch}', '-Xptxas', '-v', '-c', CSRC / name, '-o', tmp_path / 'x.o'],
+                           capture_output=True, text=True)
+        assert r.returncode == 0, r.stderr
+        assert 'warning' not in r.stderr, r.stderr
+        spills = [int(n) for n in re.findall(r'(\d+) bytes spill stores', r.stderr)]
+        assert len(spills) >= 3 and max(spills) <= SPILL_BOUND, f'{name}: {spills}'

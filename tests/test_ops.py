@@ -1,0 +1,469 @@
+"""The ops of sae.py: the reference, the C++ ops and, where there is a GPU, the CUDA ops, all held to the same oracles.
+
+Oracles: transformers' DINOv3 attention and RoPE, torch's own Philox engine (its C++ header), torch.distributions, mse_loss, autograd in
+float64, SciPy's Kolmogorov-Smirnov test. Error rule: against float64, at most twice (gradients three times) the error of PyTorch's own
+computation in the same dtype.
+"""
+import importlib.util
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch.nn import functional as F
+from transformers import DINOv3ViTConfig
+from transformers.models.dinov3_vit import modeling_dinov3_vit as oracle
+
+import sae
+
+ROOT = Path(sae.__file__).resolve().parent
+DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'))]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+built = pytest.mark.skipif(sae.NO_CSRC is not None, reason=f'csrc is not in use: {sae.NO_CSRC}')
+device = pytest.mark.parametrize('device', DEVICES)
+dtype = pytest.mark.parametrize('dtype', DTYPES, ids=lambda d: str(d)[6:])
+
+
+def relative(x, y):
+    """|x - y| / |y|"""
+    return ((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-300)).item()
+
+
+def half_ulp(dtype):
+    return torch.finfo(dtype).eps / 2
+
+
+# ------------------------------------------------------------------ attention
+
+def packed(B, N, H, d=64, dtype=torch.float32, device='cpu', seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(B, N, 3, H, d, generator=g).to(device, dtype)
+
+
+def transformers_attention(qkv, rope, prefix):
+    rows, cols = rope
+    h, w = len(rows), len(cols)
+    table = torch.cat([rows[:, None].expand(h, w, -1, 2), cols[None].expand(h, w, -1, 2)], 2).flatten(0, 1).repeat(1, 2, 1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = oracle.apply_rotary_pos_emb(q, k, *table.to(qkv.dtype).unbind(-1))
+    return oracle.eager_attention_forward(torch.nn.Module().eval(), q, k, v, None, scaling=qkv.shape[-1] ** -0.5)[0].flatten(2)
+
+
+def with_gradient(f, qkv, dtype, dout):
+    x = qkv.detach().to(dtype).requires_grad_()
+    out = f(x)
+    out.backward(dout.to(dtype))
+    return out.detach(), x.grad
+
+
+@pytest.mark.parametrize('h, w', [(16, 16), (3, 7)])
+def test_rope_tables_equal_transformers(h, w):
+    rows, cols = sae.rope_tables(h, w)
+    cos, sin = oracle.DINOv3ViTRopePositionEmbedding(DINOv3ViTConfig(hidden_size=384, num_attention_heads=6)).eval()(torch.empty(1, 3, 16 * h, 16 * w))
+    for table, part in ((cos, 0), (sin, 1)):
+        ours = torch.cat([rows[:, None, :, part].expand(h, w, 16), cols[None, :, :, part].expand(h, w, 16)], -1).flatten(0, 1)
+        torch.testing.assert_close(ours.repeat(1, 2), table, rtol=0, atol=3e-6)     # the angles reach 2 pi, where fp32 ends at 5e-7
+
+
+@device
+@dtype
+@pytest.mark.parametrize('B, H, h, w, prefix', [(2, 3, 16, 16, 5), (1, 2, 3, 5, 1), (3, 1, 1, 1, 0), (1, 1, 4, 4, 0), (1, 2, 17, 17, 5), (1, 1, 32, 32, 5)])
+def test_attention_errs_at_most_twice_and_its_gradient_three_times_as_much_as_pytorch(device, dtype, B, H, h, w, prefix):
+    qkv, rope = packed(B, prefix + h * w, H, dtype=dtype, device=device), sae.rope_tables(h, w, device=device)
+    dout = torch.randn(B, prefix + h * w, H * 64, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    expected = with_gradient(lambda x: transformers_attention(x, rope, prefix), qkv, torch.float64, dout)
+    pytorch = with_gradient(lambda x: transformers_attention(x, rope, prefix), qkv, dtype, dout)
+    for f in (sae.attention, sae.attention_reference):
+        ours = with_gradient(lambda x: f(x, rope, prefix), qkv, dtype, dout)
+        # At N 1 PyTorch's dQ and dK are exactly 0; dP - delta, with delta from the stored O, leaves a rounding error.
+        for x, p, e, factor, floor in zip(ours, pytorch, expected, (2, 3), (1, 4)):
+            assert x.dtype == dtype and x.shape == e.shape
+            assert relative(x, e) <= factor * relative(p, e) + floor * half_ulp(dtype)
+    for j in range(3):                                        # dQ, dK and dV, each by itself
+        if expected[1][:, :, j].norm() > 1e-9:                # at N 1 only V has a gradient
+            assert relative(ours[1][:, :, j], expected[1][:, :, j]) <= 3 * relative(pytorch[1][:, :, j], expected[1][:, :, j]) + half_ulp(dtype)
+
+
+@pytest.mark.parametrize('d', [64, 128])
+def test_attention_passes_gradcheck_in_float64_and_serves_other_head_widths(d):
+    qkv, rope = packed(1, 5, 2, d, torch.float64).requires_grad_(), sae.rope_tables(2, 2, d)
+    assert torch.autograd.gradcheck(lambda x: sae.attention(x, rope, 1), qkv, fast_mode=True)
+    torch.testing.assert_close(sae.attention(qkv, rope, 1), transformers_attention(qkv, rope, 1))
+
+
+@built
+@device
+def test_attention_of_views_equals_attention_of_copies(device):
+    rope = sae.rope_tables(3, 4, device=device)
+    flat = packed(2, 12, 3, dtype=torch.bfloat16, device=device).flatten()
+    storage = torch.cat([flat[:1], flat])                     # the view starts 2 bytes after an aligned address
+    misaligned = storage[1:].view(2, 12, 3, 3, 64)
+    transposed = packed(2, 12, 3, dtype=torch.bfloat16, device=device).transpose(0, 1).contiguous().transpose(0, 1)
+    expected = sae.attention(packed(2, 12, 3, dtype=torch.bfloat16, device=device), rope, 0)
+    assert torch.equal(sae.attention(misaligned, rope, 0), expected)
+    assert torch.equal(sae.attention(transposed, rope, 0), expected)
+    x = transposed.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = packed(2, 12, 3, dtype=torch.bfloat16, device=device).requires_grad_()
+    dout = torch.randn(12, 2, 192, device=device).bfloat16().transpose(0, 1)
+    sae.attention(x, rope, 0).backward(dout)
+    sae.attention(y, rope, 0).backward(dout.contiguous())
+    assert torch.equal(x.grad, y.grad)
+
+
+@device
+@dtype
+def test_an_empty_batch_gives_an_empty_output(device, dtype):
+    x = torch.empty(0, 9, 3, 2, 64, dtype=dtype, device=device, requires_grad=True)
+    out = sae.attention(x, sae.rope_tables(3, 3, device=device), 0)
+    out.sum().backward()
+    assert out.shape == (0, 9, 128) and x.grad.shape == x.shape
+    mu = torch.empty(0, 4, dtype=dtype, device=device, requires_grad=True)
+    z, kl = sae.reparameterize(mu, mu, 1)
+    (z.sum() + kl.sum()).backward()
+    assert z.shape == (0, 4) and kl.shape == (0,) and mu.grad.shape == mu.shape
+
+
+@device
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+@built                                                        # torch's own SDPA loses a NaN of Q on the CPU
+def test_nan_and_inf_spread_as_in_pytorch(device, value):
+    rope = sae.rope_tables(3, 4, device=device)
+    for part in range(3):
+        qkv = packed(2, 13, 2, device=device)
+        qkv[1, 3, part, 1, 5] = value
+        assert torch.equal(sae.attention(qkv, rope, 1).isfinite(), transformers_attention(qkv, rope, 1).isfinite())
+    for which in range(2):
+        pair = [torch.randn(3, 40, generator=torch.Generator().manual_seed(i)).to(device) for i in range(2)]
+        pair[which][1, 7] = value
+        for x, y in zip(sae.reparameterize(*pair, 5), sae.reparameterize_reference(*pair, 5)):
+            assert torch.equal(x.isnan(), y.isnan()) and torch.equal(x.isinf(), y.isinf())
+    a, b = torch.ones(50, device=device), torch.ones(50, device=device)
+    a[49] = value
+    assert not sae.feature_mse(a, b).isfinite()
+
+
+@built
+@device
+def test_the_largest_scores_do_not_overflow(device):
+    qkv = packed(1, 70, 1, device=device) * 30                # scores of some thousands
+    rope = sae.rope_tables(1, 2, device=device)
+    expected = transformers_attention(qkv.double(), rope, 68)
+    assert relative(sae.attention(qkv, rope, 68), expected) < 3 * relative(transformers_attention(qkv, rope, 68), expected) + 1e-7
+
+
+# ------------------------------------------------------------------ Gaussian
+
+@pytest.fixture(scope='session')
+def philox_words(tmp_path_factory):
+    """(seed, first block, blocks) -> words [blocks, 4] of torch's at::philox_engine."""
+    folder = tmp_path_factory.mktemp('philox')
+    (folder / 'philox.cpp').write_text('''
+#include <ATen/core/PhiloxRNGEngine.h>
+#include <cstdio>
+#include <cstdlib>
+int main(int, char** argv) {
+  at::philox_engine engine(std::strtoull(argv[1], nullptr, 10), 0, std::strtoull(argv[2], nullptr, 10));
+  for (long i = 0; i < 4 * std::atol(argv[3]); ++i) std::printf("%u\\n", engine());
+}''')
+    torch_home = Path(torch.__file__).parent
+    subprocess.run(['g++', '-std=c++20', '-w', f'-I{torch_home}/include', folder / 'philox.cpp', f'-L{torch_home}/lib', '-lc10', f'-Wl,-rpath,{torch_home}/lib',
+                    '-o', folder / 'philox'], check=True)
+
+    def words(seed, block, blocks):
+        r = subprocess.run([folder / 'philox', str(seed), str(block), str(blocks)], capture_output=True, text=True, check=True)
+        return np.array(r.stdout.split(), np.uint64).reshape(-1, 4)
+
+    return words
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason="no g++: torch's Philox engine cannot be compiled")
+@device
+@pytest.mark.parametrize('seed, offset', [(0, 0), (1234567890123456789, 0), (2 ** 32 - 1, 2 ** 34 - 8), (7, 2 ** 40 + 4)])
+def test_noise_is_box_muller_of_the_words_of_torchs_philox_engine(device, philox_words, seed, offset):
+    u = (philox_words(seed, offset // 4, 1000).astype(np.float64) + 0.5) / 2 ** 32
+    radius, angle = np.sqrt(-2 * np.log(u[:, ::2])), 2 * np.pi * u[:, 1::2]
+    expected = np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1).reshape(-1)
+    zero = torch.zeros(1, 4000, device=device)
+    for eps in (sae.philox_normal(4000, seed, offset, device=device), sae.reparameterize(zero, zero, seed, offset)[0][0]):
+        error = np.abs(eps.cpu().double().numpy() - expected) / np.spacing(np.abs(expected).astype(np.float32))
+        assert error.max() < 6                                # ulp
+
+
+@device
+def test_noise_is_standard_normal_and_seeds_are_independent(device):
+    zero = torch.zeros(1, 1 << 18, device=device)
+    x, y = (sae.reparameterize(zero, zero, seed)[0][0].cpu().double().numpy() for seed in (11, 12))
+    assert scipy.stats.kstest(x, 'norm').pvalue > 1e-3
+    for a, b in ((x, y), (x[1:], x[:-1]), (x[2:], x[:-2]), (x[::4], x[1::4])):
+        assert abs(np.corrcoef(a, b)[0, 1]) < 5 / math.sqrt(len(a))
+
+
+@device
+@pytest.mark.parametrize('cut', [1, 4, 4096, 5003])
+def test_a_stream_drawn_in_pieces_equals_the_stream_drawn_at_once(device, cut):
+    zero, offset = torch.zeros(1, 10000, device=device), 2 ** 33 + 1
+    whole = sae.reparameterize(zero, zero, 3, offset)[0]
+    first, rest = sae.reparameterize(zero[:, :cut], zero[:, :cut], 3, offset)[0], sae.reparameterize(zero[:, cut:], zero[:, cut:], 3, offset + cut)[0]
+    assert torch.equal(torch.cat([first, rest], 1), whole)
+
+
+@device
+@dtype
+@pytest.mark.parametrize('shape', [(3, 7), (2, 16, 9, 5), (4, 5000)])
+def test_reparameterize_and_its_gradient_err_at_most_twice_and_three_times_as_much_as_pytorch(device, dtype, shape):
+    g = torch.Generator().manual_seed(4)
+    mu, logvar, dz = (torch.randn(shape, generator=g).to(device, dtype) for _ in range(3))
+    logvar.view(-1)[:3] = torch.tensor([25., -40., 10.], dtype=dtype)    # outside, outside and inside of the clamp
+    dkl = torch.randn(shape[0], generator=g).to(device)
+    eps = sae.philox_normal(mu.numel(), 9, 2, device=device).view(shape)
+
+    def pytorch(m, v):                                        # as autograd would do it, all in one dtype
+        v = v.clamp(-30, 20)
+        kl = 0.5 * (m.square() + v.exp() - 1 - v)
+        return m + (v / 2).exp() * eps.to(m.dtype), kl.flatten(1).sum(1) if kl.dim() > 1 else kl
+
+    def both(f, dtype):
+        m, v = mu.to(dtype).requires_grad_(), logvar.to(dtype).requires_grad_()
+        z, kl = f(m, v)
+        return [z, kl, *torch.autograd.grad([z, kl], [m, v], [dz.to(dtype), dkl.to(kl.dtype)])]
+
+    expected, own = both(pytorch, torch.float64), both(pytorch, dtype)
+    normal = torch.distributions.Normal(mu.double(), (logvar.double().clamp(-30, 20) / 2).exp())
+    kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(torch.zeros_like(expected[0]), torch.ones_like(expected[0])))
+    torch.testing.assert_close(expected[1], kl.view(shape[0], -1).sum(1))
+    for f in (sae.reparameterize, sae.reparameterize_reference):
+        ours = both(lambda m, v: f(m, v, 9, 2), dtype)
+        assert ours[0].dtype == dtype and ours[1].dtype == torch.float32 and ours[1].shape == shape[:1]
+        for x, p, e, factor in zip(ours, own, expected, (2, 2, 3, 3)):
+            assert relative(x, e) <= factor * relative(p, e) + 2 * half_ulp(x.dtype)
+        assert (ours[3].view(-1)[:3] != 0).tolist() == [False, False, True]                  # no gradient from outside
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@built
+def test_noise_is_the_same_on_cpu_and_gpu_bit_for_bit():
+    zero = torch.zeros(2, 40004)
+    assert torch.equal(sae.reparameterize(zero, zero, 5, 3)[0], sae.reparameterize(zero.cuda(), zero.cuda(), 5, 3)[0].cpu())
+    assert torch.equal(sae.reparameterize(zero, zero, 5, 8)[0], sae.reparameterize(zero.cuda(), zero.cuda(), 5, 8)[0].cpu())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@built
+def test_tensors_of_more_than_2_31_elements_are_read_to_the_end():
+    n = 2 ** 31 + 64
+    a, b = torch.zeros(n, dtype=torch.bfloat16, device='cuda'), torch.zeros(n, dtype=torch.bfloat16, device='cuda')
+    a[-1] = 1024
+    assert sae.feature_mse(a, b).item() == pytest.approx(1024 ** 2 / n, rel=1e-6)
+    z, kl = sae.reparameterize(a.view(2, -1), b.view(2, -1), 1)
+    assert kl[0].item() == 0 and kl[1].item() == 1024 ** 2 / 2
+    assert torch.equal(z.view(-1)[-100:-1], sae.philox_normal(99, 1, n - 100, device='cuda').bfloat16())
+
+
+# ------------------------------------------------------------------ feature MSE
+
+@device
+@dtype
+@pytest.mark.parametrize('shape', [(2, 9, 24), (1, 1), (3, 261, 80)])
+def test_feature_mse_errs_at_most_twice_and_its_gradient_three_times_as_much_as_mse_loss(device, dtype, shape):
+    g = torch.Generator().manual_seed(2)
+    student, teacher = (torch.randn(shape, generator=g).to(device, dtype) for _ in range(2))
+
+    def both(f, dtype):
+        s, t = student.to(dtype).requires_grad_(), teacher.to(dtype)
+        loss = f(s, t)
+        return loss, torch.autograd.grad(loss, s, torch.full_like(loss, 100.))[0]
+
+    expected, own = both(F.mse_loss, torch.float64), both(F.mse_loss, dtype)
+    for f in (sae.feature_mse, sae.feature_mse_reference):
+        ours = both(f, dtype)
+        assert ours[0].dtype == torch.float32 and ours[0].shape == () and ours[1].dtype == dtype
+        for x, p, e, factor in zip(ours, own, expected, (2, 3)):
+            assert relative(x, e) <= factor * relative(p, e) + 4 * half_ulp(x.dtype)
+
+
+@device
+def test_feature_mse_gives_the_teacher_no_gradient_and_takes_the_wider_dtype(device):
+    student = torch.randn(3, 8, device=device, dtype=torch.bfloat16, requires_grad=True)
+    teacher = torch.randn(3, 8, device=device, requires_grad=True)
+    loss = sae.feature_mse(student, teacher)
+    loss.backward()
+    assert teacher.grad is None and student.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(loss.detach(), F.mse_loss(student.detach().float(), teacher.detach()))
+
+
+# ------------------------------------------------------------------ as PyTorch ops
+
+def arguments(device, dtype=torch.float32):
+    rope = sae.rope_tables(2, 3, device=device)
+    qkv = packed(2, 7, 2, dtype=dtype, device=device).requires_grad_()
+    mu, logvar = (torch.randn(2, 6, 5, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+    return {'attention': (qkv, *rope, 1), 'reparameterize': (mu, logvar, 5, 2), 'feature_mse': (mu, logvar.detach())}
+
+
+@built
+@device
+@pytest.mark.parametrize('op', ['attention', 'reparameterize', 'feature_mse'])
+def test_opcheck_accepts_the_op(device, op):
+    torch.library.opcheck(getattr(torch.ops.sae, op).default, arguments(device)[op])
+
+
+@built
+@device
+def test_compiled_ops_equal_eager_ones_in_one_graph_and_a_new_seed_compiles_nothing(device):
+    qkv, rows, cols, prefix = arguments(device)['attention']
+    mu, logvar = arguments(device)['reparameterize'][:2]
+
+    def f(qkv, mu, logvar, seed):
+        z, kl = sae.reparameterize(mu, logvar, seed, seed * 4)
+        return sae.attention(qkv * 2, (rows, cols), prefix).square().mean() + z.square().sum() + kl.sum() + sae.feature_mse(mu * 3, logvar)
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    for seed in range(3, 9):
+        for x, y in zip(torch.autograd.grad(compiled(qkv, mu, logvar, seed), [qkv, mu, logvar]), torch.autograd.grad(f(qkv, mu, logvar, seed), [qkv, mu, logvar])):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+    assert counter.frame_count <= 2                           # one for the first seed, one for all others
+
+
+@built
+@device
+@dtype
+def test_results_are_the_same_bits_every_time_and_at_any_thread_count(device, dtype):
+    qkv, rope = packed(2, 261, 3, dtype=dtype, device=device), sae.rope_tables(16, 16, device=device)
+    mu = torch.randn(3, 20000, device=device, dtype=dtype)
+
+    def everything():
+        x, m = qkv.clone().requires_grad_(), mu.clone().requires_grad_()
+        out, (z, kl), loss = sae.attention(x, rope, 5), sae.reparameterize(m, m, 1), sae.feature_mse(m, mu * 2)
+        torch.autograd.backward([out, z, kl, loss], [torch.ones_like(out), torch.ones_like(z), torch.ones_like(kl), torch.ones_like(loss)])
+        return [out, z, kl, loss, x.grad, m.grad]
+
+    threads = torch.get_num_threads()
+    first = everything()
+    torch.set_num_threads(1 if threads > 1 else 2)
+    second = everything()
+    torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for x, y in zip(first, second))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@built
+def test_ops_run_on_the_current_stream_and_on_the_device_of_their_tensors():
+    last = torch.device('cuda', torch.cuda.device_count() - 1)
+    big = torch.randn(8192, 8192, device=last)
+    stream = torch.cuda.Stream(last)
+    with torch.cuda.stream(stream):
+        for _ in range(20):                                   # keeps the stream busy: an op on another stream would overtake it
+            big = big @ big / 90
+        student = big.clone()
+        loss = sae.feature_mse(student, torch.zeros_like(student))
+    stream.synchronize()
+    torch.testing.assert_close(loss, big.square().mean())
+
+
+@built
+@pytest.mark.parametrize('kernels', ['avx2', 'generic'])
+def test_the_kernels_for_lesser_processors_agree_with_the_best_ones(kernels, tmp_path):
+    code = '''
+torch.manual_seed(0)
+out = [torch.ops.sae.cpu_kernels()]
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    qkv = torch.randn(1, 68, 3, 2, 64).to(dtype).requires_grad_()
+    o = sae.attention(qkv, sae.rope_tables(7, 9), 5)
+    o.backward(torch.ones_like(o))
+    mu, logvar = (torch.randn(2, 4999).to(dtype).requires_grad_() for _ in range(2))
+    z, kl = sae.reparameterize(mu, logvar, 77, 5)
+    loss = sae.feature_mse(mu, logvar.detach())
+    torch.autograd.backward([z, kl.sum(), loss], [torch.ones_like(z), None, None])
+    out += [o.detach(), qkv.grad, z.detach(), kl.detach(), loss.detach(), mu.grad, logvar.grad]
+    zero = torch.zeros(1, 5000)
+    out.append(sae.reparameterize(zero, zero, 2**40 + 5, 2**35 + 2)[0])
+'''
+    subprocess.run([sys.executable, '-c', f'import torch, sae\n{code}\ntorch.save(out, "lesser.pt")'], cwd=tmp_path, check=True,
+                   env=dict(os.environ, PYTHONPATH=str(ROOT), SAE_CPU=kernels))
+    here = {'torch': torch, 'sae': sae}
+    exec(code, here)
+    best, lesser = here['out'], torch.load(tmp_path / 'lesser.pt')
+    assert lesser[0] == kernels
+    for i, (x, y) in enumerate(zip(best[1:], lesser[1:])):
+        assert torch.equal(x, y) if i % 8 == 7 else relative(x, y) < 16 * half_ulp(x.dtype)    # noise: the same bits
+
+
+# ------------------------------------------------------------------ errors
+
+@pytest.mark.parametrize('call, message', [
+    (lambda: sae.attention(torch.zeros(2, 9, 64), sae.rope_tables(3, 3), 0), r'qkv is \[2, 9, 64\]'),
+    (lambda: sae.attention(packed(1, 9, 1), sae.rope_tables(3, 3), 5), 'N 9 and d 64 of qkv do not fit prefix 5'),
+    (lambda: sae.attention(packed(1, 9, 1), sae.rope_tables(3, 3, 128), 0), r'rope tables \[3, 32, 2\]'),
+    (lambda: sae.attention(packed(1, 8, 1), sae.rope_tables(3, 3), -1), 'prefix -1'),
+    (lambda: sae.attention(packed(1, 9, 1), [t.double() for t in sae.rope_tables(3, 3)], 0), 'torch.float64 on cpu'),
+    (lambda: sae.attention(packed(1, 9, 1), [t.to('meta') for t in sae.rope_tables(3, 3)], 0), 'on meta'),
+    (lambda: sae.reparameterize(torch.zeros(2, 3), torch.zeros(2, 4), 0), r'logvar \[2, 4\]'),
+    (lambda: sae.reparameterize(torch.zeros(2, 3), torch.zeros(2, 3).bfloat16(), 0), 'torch.bfloat16'),
+    (lambda: sae.reparameterize(torch.zeros(5), torch.zeros(5), 0), r'they must be alike, \[B, ...\]'),
+    (lambda: sae.reparameterize(torch.zeros(2, 3), torch.zeros(2, 3), -1), 'seed -1'),
+    (lambda: sae.reparameterize(torch.zeros(2, 3), torch.zeros(2, 3), 0, 2 ** 63), 'offset 9223372036854775808'),
+    (lambda: sae.feature_mse(torch.zeros(2, 3), torch.zeros(3, 2)), r'teacher \[3, 2\]'),
+])
+def test_arguments_that_do_not_fit_give_one_sentence_with_the_values(call, message):
+    with pytest.raises(ValueError, match=message) as e:
+        call()
+    assert '\n' not in str(e.value)
+
+
+@built
+@pytest.mark.parametrize('call', [
+    lambda op: op.attention(packed(1, 9, 1, 32), *sae.rope_tables(3, 3), 0),
+    lambda op: op.attention(packed(1, 9, 1), *sae.rope_tables(3, 4), 0),
+    lambda op: op.attention(packed(1, 9, 1).double(), *sae.rope_tables(3, 3), 0),
+    lambda op: op.attention(packed(1, 9, 1), *(t.double() for t in sae.rope_tables(3, 3)), 0),
+    lambda op: op.attention_backward(torch.zeros(1, 9, 32), packed(1, 9, 1), *sae.rope_tables(3, 3), torch.zeros(1, 9, 64), torch.zeros(1, 1, 9), 0),
+    lambda op: op.attention_backward(torch.zeros(1, 8, 64), packed(1, 9, 1), *sae.rope_tables(3, 3), torch.zeros(1, 8, 64), torch.zeros(1, 1, 9), 0),
+    lambda op: op.reparameterize(torch.zeros(2, 3), torch.zeros(3, 2), 0, 0),
+    lambda op: op.reparameterize_backward(torch.zeros(2, 3), torch.zeros(3), torch.zeros(2, 3), torch.zeros(2, 3), 0, 0),
+    lambda op: op.feature_mse(torch.zeros(2), torch.zeros(3)),
+    lambda op: op.feature_mse_backward(torch.zeros(2), torch.zeros(3), torch.zeros(3)),
+])
+def test_the_raw_ops_refuse_what_they_would_read_out_of_bounds(call):
+    with pytest.raises(RuntimeError, match='sae: '):
+        call(torch.ops.sae)
+
+
+# ------------------------------------------------------------------ the extension
+
+@built
+def test_a_missing_a_broken_and_a_stale_extension_are_told_in_one_sentence(tmp_path):
+    assert sae.load_csrc(tmp_path / 'sae_csrc.so', ROOT / 'csrc') == 'sae_csrc.so is not beside sae.py'
+    (tmp_path / 'broken.so').write_bytes(b'not a library')
+    assert sae.load_csrc(tmp_path / 'broken.so', ROOT / 'csrc').startswith('broken.so does not load (')
+    shutil.copytree(ROOT / 'csrc', tmp_path / 'csrc')
+    (tmp_path / 'csrc' / 'noise.h').write_text('// changed')
+    assert sae.load_csrc(ROOT / 'sae_csrc.so', tmp_path / 'csrc') == 'sae_csrc.so is older than csrc/'
+    assert sae.load_csrc(ROOT / 'sae_csrc.so', tmp_path / 'no such folder') is None          # installed without its sources
+
+
+@pytest.mark.parametrize('rank', ['0', '3'])
+def test_without_the_extension_the_reference_serves_and_only_the_first_rank_says_so(tmp_path, monkeypatch, capsys, rank):
+    monkeypatch.setenv('LOCAL_RANK', rank)
+    spec = importlib.util.spec_from_file_location('sae_alone', shutil.copy(ROOT / 'sae.py', tmp_path))
+    alone = importlib.util.module_from_spec(spec)
+    sys.modules['sae_alone'] = alone                          # dataclasses look their module up
+    spec.loader.exec_module(alone)
+    del sys.modules['sae_alone']
+    said = capsys.readouterr().err
+    assert said.count('\n') == (rank == '0') and ('sae_csrc.so is not beside sae.py: the slower reference ops serve' in said) == (rank == '0')
+    qkv, rope = packed(1, 5, 2), sae.rope_tables(2, 2)
+    assert torch.equal(alone.attention(qkv, rope, 1), sae.attention_reference(qkv, rope, 1))
+    assert alone.feature_mse(torch.ones(3), torch.zeros(3)).item() == 1
+
+
+def test_setup_says_when_there_is_no_compiler_and_refuses_an_unknown_architecture(tmp_path):
+    r = subprocess.run([sys.executable, 'setup.py', '-q', '--name'], cwd=ROOT, env=dict(os.environ, PATH=str(tmp_path)), capture_output=True, text=True)
+    assert r.returncode == 0 and 'no C++ compiler: the reference ops serve' in r.stderr

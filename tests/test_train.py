@@ -1,0 +1,376 @@
+"""The training loop: what the two stages move, what the ranks see, what a resume gives, what is refused."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sae
+import train
+from sae import SAE, DINOv3, DINOv3Config, SAEConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_images(folder, n=24, size=48, seed=0):
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        path = folder / "ab"[i % 2] / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (size, size + 8, 3), dtype=np.uint8)).save(path)
+
+
+def write_encoder(path, width=64, seed=0):
+    torch.manual_seed(seed)
+    sae.save_safetensors(DINOv3(DINOv3Config(width, 2, 64, 128)).state_dict(), path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with 24 noise images and a tiny encoder, and the options of a run of four steps on them."""
+    root = tmp_path_factory.mktemp("world")
+    write_images(root / "images")
+    write_encoder(root / "encoder.safetensors")
+    return root
+
+
+def command(world, out, stage=1, **change):
+    opts = {"stage": stage, "data": world / "images", "encoder": world / "encoder.safetensors", "out": out, "size": 32, "batch": 4, "steps": 4,
+            "workers": 0, "lpips": 0, "warmup": 2, "lr": 1e-3, "gan-start": 1, "log-every": 1, "precision": "fp32", "min-lr": 1e-4, "ema": 0.9}
+    opts |= {"z-dim": 8, "widths": "32 32 32", "blocks": 1} if stage == 1 else {"init": world / "stage1" / "last.pt"}
+    opts |= {k.replace("_", "-"): v for k, v in change.items()}
+    return [word for k, v in opts.items() if v is not False for word in (f"--{k}", *(str(v).split() if v is not True else []))]
+
+
+def run(*args, **kwargs):
+    torch.manual_seed(0)        # the decoder's start
+    train.main(train.options(command(*args, **kwargs)))
+
+
+def torchrun(n, *args, **kwargs):
+    code = "import sys, torch, train; torch.manual_seed(0); train.main(train.options(sys.argv[1:]))"
+    script = Path(args[1]).parent / "seeded.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", str(script), *command(*args, **kwargs)],
+                          capture_output=True, text=True, env={**__import__("os").environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def metrics(out):
+    return [{k: v for k, v in json.loads(line).items() if k != "images/s"} for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def stage1(world):
+    run(world, world / "stage1")
+    return train.load_checkpoint(world / "stage1" / "last.pt")
+
+
+def equal(a, b):
+    """Bitwise equality of nested dicts and lists of tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+# ------------------------------------------------------------------ stages
+
+def test_stage_1_leaves_the_encoder_bit_identical_and_trains_the_rest(world, stage1):
+    encoder = sae.load_safetensors(world / "encoder.safetensors")
+    for weights in stage1["model"], stage1["ema"]:
+        assert all(torch.equal(weights["encoder." + n], t) for n, t in encoder.items())
+    torch.manual_seed(0)
+    start = SAE(SAEConfig.from_dict(stage1["config"]), DINOv3.from_pretrained(world / "encoder.safetensors"))
+    for name, p in start.named_parameters():
+        assert name.startswith("encoder.") or not torch.equal(stage1["model"][name], p), name
+
+
+def test_stage_2_moves_all_of_the_encoder_and_none_of_the_teacher(world, stage1, tmp_path, monkeypatch):
+    built = []
+    build = train.build
+    monkeypatch.setattr(train, "build", lambda args: built.append(build(args)) or built[-1])
+    run(world, tmp_path / "s2", stage=2)
+    teacher, file = built[0][1], sae.load_safetensors(world / "encoder.safetensors")
+    assert all(torch.equal(p, file[n]) and not p.requires_grad for n, p in teacher.state_dict(keep_vars=True).items())
+    assert not any(m.training for m in teacher.modules())
+    after = train.load_checkpoint(tmp_path / "s2" / "last.pt")["model"]
+    assert not any(torch.equal(after["encoder." + n], t) for n, t in file.items())
+    logged = metrics(tmp_path / "s2")
+    assert logged[0]["mse"] == 0 < logged[-1]["mse/var"] and {"kl", "l1", "gan", "disc", "psnr", "lr"} <= logged[-1].keys()
+
+
+def test_more_reg_holds_the_features_closer_to_the_teacher(world, stage1, tmp_path):
+    drift = []
+    for reg in 0, 100, 1000:
+        run(world, tmp_path / str(reg), stage=2, reg=reg, steps=8, encoder_lr=1e-4)
+        drift.append(metrics(tmp_path / str(reg))[-1]["mse"])
+    assert drift[0] > drift[1] > drift[2]
+
+
+def test_two_ranks_equal_one_process_with_the_joint_batch(world, tmp_path):
+    # Where a gradient is all rounding error, so is the direction of Adam's step; so each tensor's whole move is compared.
+    # Widths of 64: with one channel a group, GroupNorm would make the gradient of every bias before it such a one.
+    common = dict(steps=3, widths="64 64 64")
+    run(world, tmp_path / "start", **(common | dict(steps=1, lr=1e-12, min_lr=0)))
+    run(world, tmp_path / "stage1", **common)
+    for stage, change in (1, {}), (1, {"adaptive": True}), (2, {}):
+        opts = (common if stage == 1 else dict(steps=3, init=tmp_path / "stage1" / "last.pt")) | change
+        start = train.load_checkpoint(tmp_path / ("start" if stage == 1 else "stage1") / "last.pt")
+        name = f"{stage}{bool(change)}"
+        run(world, tmp_path / f"one{name}", stage=stage, batch=4, **opts)
+        torchrun(2, world, tmp_path / f"two{name}", stage=stage, batch=2, **opts)
+        one, two = (train.load_checkpoint(tmp_path / f"{n}{name}" / "last.pt") for n in ("one", "two"))
+        for part in "model", "ema", "disc":
+            for key, t in one[part].items():
+                if key == "decoder.2.qkv.bias":
+                    continue            # softmax does not see the part of K
+                moved = (t - start["ema" if stage == 2 and part != "disc" else part][key]).norm()
+                assert (t - two[part][key]).norm() <= 0.02 * moved + 1e-6, (name, part, key)
+        for a, b in zip(metrics(tmp_path / f"one{name}"), metrics(tmp_path / f"two{name}"), strict=True):
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(world, stage1, tmp_path, monkeypatch):
+    run(world, tmp_path / "whole", stage=2, steps=6, save_every=2)
+    save = train.save
+
+    def killed_at_step_4(out, state):
+        if state["step"] == 4:
+            raise KeyboardInterrupt
+        save(out, state)
+    monkeypatch.setattr(train, "save", killed_at_step_4)
+    with pytest.raises(KeyboardInterrupt):
+        run(world, tmp_path / "broken", stage=2, steps=6, save_every=2)
+    monkeypatch.setattr(train, "save", save)
+    run(world, tmp_path / "broken", stage=2, steps=6, save_every=2, resume=True)
+    a, b = (train.load_checkpoint(tmp_path / n / "last.pt") for n in ("whole", "broken"))
+    assert all(equal(a[k], b[k]) for k in a if k != "args")
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
+
+
+def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(world, tmp_path, capsys):
+    run(world, tmp_path / "r", steps=4, save_every=2)
+    whole = (tmp_path / "r" / "last.pt").read_bytes()
+    (tmp_path / "r" / "last.pt").write_bytes(whole[:1000])
+    run(world, tmp_path / "r", steps=4, save_every=2, resume=True)
+    assert "previous.pt" in capsys.readouterr().err
+    assert equal(train.load_checkpoint(tmp_path / "r" / "last.pt")["model"], torch.load(tmp_path / "r" / "last.pt", weights_only=True)["model"])
+    assert [m["step"] for m in metrics(tmp_path / "r")] == [1, 2, 3, 4]
+
+
+def test_a_failing_write_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+    train.save(tmp_path, {"version": 1, "step": 1})
+
+    def full(state, f):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError):
+        train.save(tmp_path, {"version": 1, "step": 2})
+    assert train.load_checkpoint(tmp_path / "last.pt")["step"] == 1
+
+
+def test_latent_statistics_are_those_of_drawn_latents(world, stage1, tmp_path):
+    model = SAE.from_pretrained(world / "stage1" / "last.pt")
+    images = train.TrainingImages(train.ImageFolder(world / "images"), 32, 0)
+    x = train.to_float(torch.stack([images[g][0] for g in range(24)]))
+    z = torch.cat([model.encode(x).sample(seed) for seed in range(2000)])                # [48000,8,2,2]
+    assert torch.allclose(model.latent_mean, z.mean((0, 2, 3)), atol=2e-3)
+    assert torch.allclose(model.latent_std, z.transpose(0, 1).flatten(1).std(1), rtol=1e-2)
+
+
+def test_switched_off_terms_are_neither_computed_nor_trained(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "generator_loss", None)
+    monkeypatch.setattr(train, "discriminator_loss", None)
+    monkeypatch.setattr(train, "LPIPS", None)
+    run(world, tmp_path / "off", gan=0)
+    assert metrics(tmp_path / "off")[-1].keys() == {"step", "l1", "psnr", "lr"}
+    assert train.load_checkpoint(tmp_path / "off" / "last.pt")["opt_disc"]["state"] == {}
+
+
+def test_the_discriminator_learns_before_the_generator_listens(world, tmp_path):
+    run(world, tmp_path / "r", disc_start=1, gan_start=3)
+    assert [("disc" in m, "gan" in m) for m in metrics(tmp_path / "r")] == [(False, False), (True, False), (True, False), (True, True)]
+
+
+def test_checkpointing_and_workers_change_no_bit(world, stage1, tmp_path):
+    run(world, tmp_path / "a", stage=2)
+    run(world, tmp_path / "b", stage=2, checkpoint=True, workers=2)
+    a, b = (train.load_checkpoint(tmp_path / n / "last.pt") for n in "ab")
+    assert equal(a["model"], b["model"]) and metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
+def test_a_dry_run_counts_parameters_and_writes_nothing(world, tmp_path, capsys):
+    run(world, tmp_path / "dry", dry_run=True)
+    out = capsys.readouterr().out
+    model = SAE(SAEConfig(DINOv3Config(64, 2, 64, 128), z_dim=8, widths=(32, 32, 32), blocks=1))
+    assert f"{sum(p.numel() for p in model.decoder.parameters()) / 1e6:.1f} M" in out and "GiB of states" in out
+    assert not (tmp_path / "dry").exists()
+
+
+# ------------------------------------------------------------------ losses
+
+def test_lpips_equals_the_lpips_package(tmp_path):
+    lpips = pytest.importorskip("lpips")
+    import torchvision
+    for net, factory in ("vgg", torchvision.models.vgg16), ("alex", torchvision.models.alexnet), ("squeeze", torchvision.models.squeezenet1_1):
+        torch.manual_seed(0)
+        trunk = factory(weights=None)
+        torch.save(trunk.state_dict(), tmp_path / "trunk.pth")
+        oracle = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        oracle.net.load_state_dict({n: trunk.state_dict()["features." + n.split(".", 1)[1]] for n in oracle.net.state_dict()})
+        x, y = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+        assert torch.allclose(train.LPIPS(net, tmp_path / "trunk.pth")(x, y), oracle(x, y).flatten(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, 0.3])
+def test_lpips_has_a_finite_gradient_where_both_images_are_equal(value, tmp_path):
+    import torchvision
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "t.pth")
+    x = torch.full((1, 3, 64, 64), value, requires_grad=True)
+    loss = train.LPIPS("squeeze", tmp_path / "t.pth")(x, x.detach()).sum()
+    loss.backward()
+    assert loss.item() == 0 and torch.equal(x.grad, torch.zeros_like(x))
+
+
+def test_the_logits_of_an_image_depend_on_no_other():
+    disc = train.PatchGAN()
+    x = torch.randn(4, 3, 64, 64)
+    assert disc(x).shape == (4, 1, 6, 6) and torch.allclose(disc(x)[:1], disc(x[:1]), atol=1e-5)
+
+
+def test_gan_losses_have_their_closed_forms():
+    fake, real = torch.tensor([0.0, 2.0]), torch.tensor([1.0, -3.0])
+    log = lambda t: torch.log(torch.sigmoid(t))
+    assert train.generator_loss(fake, "nonsaturating").item() == pytest.approx(-log(fake).mean().item())
+    assert train.discriminator_loss(real, fake, "nonsaturating").item() == pytest.approx((-log(real).mean() - log(-fake).mean()).item(), rel=1e-6)
+    assert train.generator_loss(fake, "hinge").item() == -1 and train.discriminator_loss(real, fake, "hinge").item() == 2 + 2
+
+
+def test_adaptive_weight_is_the_ratio_of_the_last_layers_gradients():
+    torch.manual_seed(0)
+    last, h = torch.nn.Conv2d(4, 3, 3), torch.randn(2, 4, 8, 8)
+    disc = torch.nn.Conv2d(3, 1, 3)
+    xhat = last(h)
+    rec, gan = xhat.abs().mean(), disc(xhat).sigmoid().mean()
+    grads = [torch.autograd.grad(loss, last.weight, retain_graph=True)[0].norm() for loss in (rec, gan)]
+    assert train.adaptive_weight(rec, gan, xhat, last.weight).item() == pytest.approx((grads[0] / (grads[1] + 1e-4)).item(), rel=1e-5)
+
+
+def test_learning_rate_warms_up_and_ends_at_the_minimum():
+    args = train.options(["--stage", "1", "--steps", "100", "--warmup", "10", "--min-lr", "0.1"])
+    rates = [train.learning_rate(t, 1.0, args) for t in range(101)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[55] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
+
+
+# ------------------------------------------------------------------ images
+
+def test_every_epoch_shows_every_image_once_and_ranks_share_it(world):
+    images = train.TrainingImages(train.ImageFolder(world / "images"), 32, seed=3)
+    images.crop = lambda path, rng: torch.tensor(int(Path(path).stem))
+    seen = {(n, rank): [x.tolist() for x, _ in train.batches(images, range(12), 8 // n, rank, n, 0)] for n in (1, 2) for rank in range(n)}
+    flat = [i for batch in seen[1, 0] for i in batch]
+    assert all(sorted(flat[e:e + 24]) == list(range(24)) for e in range(0, 96, 24)) and flat[:24] != flat[24:48]
+    assert [a + b for a, b in zip(seen[2, 0], seen[2, 1])] == seen[1, 0]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "I;16", "1", "LA"])
+def test_every_colour_mode_loads_as_rgb(mode, tmp_path):
+    grey = np.tile(np.linspace(0, 255, 64).round().astype(np.uint8), (64, 1))
+    if mode == "I;16":
+        image, path = Image.fromarray(grey.astype(np.uint16) * 257), tmp_path / "x.png"
+    else:
+        image, path = Image.fromarray(grey).convert("L" if mode == "P" else "RGB").convert(mode), tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    image.save(path)
+    loaded = train.load_image(path)
+    assert loaded.mode == "RGB"
+    if mode != "1":
+        assert np.abs(np.asarray(loaded)[..., 1].astype(int) - grey).max() <= (8 if mode == "CMYK" else 1)
+
+
+def test_an_image_with_an_exif_rotation_loads_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6            # the camera was turned: display rotated by 90 degrees clockwise
+    Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(tmp_path / "x.jpg", exif=exif)
+    assert train.load_image(tmp_path / "x.jpg").size == (40, 80)
+
+
+def test_split_takes_every_other_file_of_each_class(world):
+    every, even, odd = (train.ImageFolder(world / "images", s) for s in ("all", "even", "odd"))
+    assert sorted(even.files + odd.files) == every.files and not set(even.files) & set(odd.files)
+    assert [Path(f).stem for f in even.files] == [f"{i:03d}" for i in [*range(0, 24, 4), *range(1, 24, 4)]] and even.labels == [0] * 6 + [1] * 6
+
+
+def test_one_bad_file_in_a_hundred_is_named_and_skipped_and_more_stop_the_run(tmp_path, world, capsys):
+    write_images(tmp_path / "images", n=200, size=32)
+    for bad in "000", "001":
+        next(tmp_path.rglob(f"{bad}.png")).write_bytes(b"not an image")
+    opts = dict(data=tmp_path / "images", batch=50, steps=4, gan=0)
+    run(world, tmp_path / "good", **opts)
+    out = capsys.readouterr()
+    assert all(f"{bad}.png cannot be read" in out.out + out.err for bad in ("000", "001"))
+    next(tmp_path.rglob("002.png")).write_bytes(b"")
+    with pytest.raises(ValueError, match="more than 1 % of the 200 images"):
+        run(world, tmp_path / "bad", **opts)
+
+
+# ------------------------------------------------------------------ what is refused
+
+REFUSED = [
+    ({"data": "nowhere"}, "no image folder nowhere"),
+    ({"data": "{tmp}/empty"}, "empty holds no images"),
+    ({"encoder": "none.safetensors"}, "no encoder none.safetensors: run ./weights.sh"),
+    ({"encoder": "{tmp}/other.safetensors"}, "other.safetensors holds no DINOv3"),
+    ({"lpips": 1, "lpips_weights": "vgg.pth"}, "no file vgg.pth .*weights.sh"),
+    ({"lpips": 1, "lpips_weights": "{tmp}/other.pth"}, "does not hold torchvision's vgg"),
+    ({"l1": -1}, "--l1 -1 is negative"),
+    ({"steps": 0}, "--steps 0 is not positive"),
+    ({"size": 40}, "--size 40 is not a multiple of f = 16"),
+    ({"size": 128}, "too small for crops of 128"),
+    ({"out": "/proc/none"}, "/proc/none cannot be written"),
+    ({"resume": True}, "no checkpoint .*last.pt"),
+    ({"stage": 2, "init": "none.pt"}, "no stage-1 checkpoint none.pt.*--stage 1 first"),
+    ({"stage": 2, "encoder": "{tmp}/seed1.safetensors"}, "trained on another encoder than .*seed1"),
+    ({"stage": 2, "encoder": "{tmp}/wide.safetensors"}, "trained on another encoder than .*wide"),
+    ({"stage": 2, "f": 32}, "has f 16, not 32"),
+    ({"stage": 2, "z_dim": 16}, "has z_dim 8, not 16"),
+]
+
+
+@pytest.mark.parametrize("change, words", REFUSED, ids=[w for _, w in REFUSED])
+def test_bad_input_is_refused_in_one_sentence_before_anything_is_written(change, words, world, stage1, tmp_path):
+    (tmp_path / "empty").mkdir()
+    sae.save_safetensors({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    write_encoder(tmp_path / "seed1.safetensors", seed=1)
+    write_encoder(tmp_path / "wide.safetensors", width=128)
+    change = {k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in change.items()}
+    with pytest.raises(ValueError, match=words) as e:
+        run(world, change.pop("out", tmp_path / "out"), **change)
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "out" / "last.pt").exists()
+
+
+def test_more_ranks_than_images_are_refused(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "25")
+    with pytest.raises(ValueError, match="24 images, fewer than the 25 ranks"):
+        run(world, tmp_path / "out")
+
+
+def test_a_finished_run_is_not_overwritten(world, stage1):
+    with pytest.raises(ValueError, match="holds a run already: continue it with --resume"):
+        run(world, world / "stage1")
+
+
+def test_the_command_line_prints_the_sentence_and_fails(world):
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--stage", "1", "--data", "nowhere", "--encoder", world / "encoder.safetensors"],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "train.py: there is no image folder nowhere: name one with --data"
