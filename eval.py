@@ -44,7 +44,7 @@ from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
 from tqdm import tqdm
 
 from sae import SAE, Posterior, load_safetensors, save_safetensors
-from train import LPIPS, ImageFolder, center_crop, load_image, to_float, to_uint8
+from train import LPIPS, ImageFolder, center_crop, load_image, psnr, to_float, to_uint8
 
 
 # ------------------------------------------------------------------ ranks and images
@@ -216,12 +216,7 @@ def load_diffusers(spec, size, device, sample):
     return Autoencoder(spec, model, *ways[type(model).__name__], size, device, sample)
 
 
-# ------------------------------------------------------------------ PSNR, SSIM
-
-def psnr(x, y):
-    """10 log10(255^2 / mean (x - y)^2) of each image, in dB: uint8 [B,3,H,W] twice -> [B]; Inf for equal images."""
-    return 10 * torch.log10(255 ** 2 / (x.float() - y.float()).square().flatten(1).mean(1))
-
+# ------------------------------------------------------------------ SSIM
 
 def ssim(x, y):
     """Wang et al. 2004 of each image: uint8 [B,3,H,W] twice -> [B].
@@ -863,7 +858,7 @@ def parse(argv):
     p.add_argument("models", nargs="+", metavar="MODEL", help="ckpt.pt, diffusers:NAME_OR_FOLDER or FILE.py:FACTORY")
     p.add_argument("--data", default="data/imagenet/val", metavar="DIR", help="the images to score (class folders for the probe)")
     p.add_argument("--train", metavar="DIR", default="data/imagenet/train", help="the probe's training images")
-    p.add_argument("--split", choices=["parity"], 
+    p.add_argument("--split", choices=["parity"],
                    help="score the images at odd positions in each class of --data, and train the probe on the even ones")
     p.add_argument("--size", type=int, default=256, help="of the centre crop (default 256)")
     p.add_argument("--sample", action="store_true", help="draw z from the posterior; default is its mean")

@@ -699,7 +699,7 @@ def load_checkpoint(path):
         raise ValueError(f"there is no checkpoint {path}")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as e:
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as e:
         raise ValueError(f"{path} is not a checkpoint, or a damaged one: {str(e).splitlines()[0]}") from e
     if not isinstance(ckpt, dict) or ckpt.get("version") != CHECKPOINT_VERSION:
         raise ValueError(f"{path} is no S-AE checkpoint of version {CHECKPOINT_VERSION}: train.py writes those")

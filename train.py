@@ -99,6 +99,11 @@ def to_uint8(x):
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def psnr(x, y):
+    """10 log10(255^2 / mean (x - y)^2) of each image, in dB: uint8 [B,3,H,W] twice -> [B]; Inf for equal images."""
+    return 10 * torch.log10(255 ** 2 / (x.float() - y.float()).square().flatten(1).mean(1))
+
+
 def save_grid(path, *rows):
     """Rows of images [n,3,H,W] in [-1,1] -> one PNG."""
     grid = torch.cat([torch.cat(list(to_uint8(row)), 2) for row in rows], 1)             # [3,rows H,n W]
@@ -337,7 +342,7 @@ def build(args):
         own = {n.removeprefix("encoder."): t for n, t in start["ema"].items() if n.startswith("encoder.")}
         if config.encoder != pretrained.cfg or any(not torch.equal(t, own[n]) for n, t in pretrained.state_dict().items()):
             raise ValueError(f"{args.init} was trained on another encoder than {args.encoder}: name its own with --encoder")
-        sae, teacher = SAE(config), pretrained
+        sae, teacher = SAE(config, copy.deepcopy(pretrained)), pretrained
         sae.load_state_dict(start["ema"])
         disc.load_state_dict(start["disc"])                     # it has learnt already: no cold start beside a good generator
     if args.size % config.f:
@@ -486,8 +491,9 @@ def main(args):
     metrics = out / "metrics.jsonl"
     if rank == 0:
         (out / "config.json").write_text(json.dumps({**vars(args), "model": asdict(sae.config)}, indent=1))
-        # Lines after the checkpoint belong to steps that will be done again.
-        lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step] if metrics.exists() else []
+        # Lines after the checkpoint belong to steps that will be done again; a kill can have cut the last one short.
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         metrics.write_text("".join(line + "\n" for line in lines))
 
     wrap = lambda module: DDP(module, device_ids=[local] if cuda else None, gradient_as_bucket_view=True) if world > 1 else module
@@ -530,7 +536,6 @@ def main(args):
                 terms["mse"] = (args.reg, feature_mse(patches, target))
             if gan_counts:
                 disc.requires_grad_(False)
-                weight = args.gan
                 terms["gan"] = (args.gan, generator_loss(disc(xhat).float(), args.gan_loss))
         if gan_counts and args.adaptive:
             reconstruction = sum(w * terms[t][1] for t, w in (("l1", args.l1), ("lpips", args.lpips)) if t in terms)
@@ -556,7 +561,7 @@ def main(args):
         bar.update()
         if log:
             values = {name: term.detach().float() for name, (_, term) in terms.items()}
-            values["psnr"] = psnr(xhat, x).mean()
+            values["psnr"] = psnr(to_uint8(x), to_uint8(xhat)).mean()
             if args.stage == 2:
                 values["mse/var"] = values["mse"] / target.float().var()
             packed = torch.stack(list(values.values()))
@@ -582,12 +587,6 @@ def main(args):
         print(f"wrote {out}/last.pt, {metrics} and {out}/grid-*.png")
     if world > 1:
         dist.destroy_process_group()
-
-
-def psnr(xhat, x):
-    """Of uint8 images, per image [B], in dB; both sides rounded alike."""
-    mse = (to_uint8(xhat).float() - to_uint8(x).float()).square().mean((1, 2, 3))
-    return 10 * torch.log10(255 ** 2 / mse.clamp_min(1e-10))
 
 
 if __name__ == "__main__":

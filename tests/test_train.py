@@ -150,6 +150,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(world, stage1, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         run(world, tmp_path / "broken", stage=2, steps=6, save_every=2)
     monkeypatch.setattr(train, "save", save)
+    with open(tmp_path / "broken" / "metrics.jsonl", "a") as f:
+        f.write('{"step": 5, "l1": 0.')          # as a kill would leave it
     run(world, tmp_path / "broken", stage=2, steps=6, save_every=2, resume=True)
     a, b = (train.load_checkpoint(tmp_path / n / "last.pt") for n in ("whole", "broken"))
     assert all(equal(a[k], b[k]) for k in a if k != "args")
