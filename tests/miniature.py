@@ -1,7 +1,7 @@
 """The whole of S-AE in minutes on two CPU cores, through the command lines a laboratory uses.
 
     python tests/miniature.py                                   # draws its images, trains its own semantic encoder
-    python tests/miniature.py --data photos --encoder dinov3.safetensors --size 128 --batch 8 --steps 500 1000 \\
+    python tests/miniature.py --data photos --encoder dinov3.safetensors --size 128 --batch 8 --steps 500 2000 \\
         --widths 256 192 96 48 24 --lpips-net squeeze --lpips-weights squeezenet1_1.safetensors      # real images, a real encoder
 
 Trains on the even files of each class and measures on the odd ones: train.py --stage 1, train.py --stage 2, eval.py on both.
