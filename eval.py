@@ -803,6 +803,7 @@ def encode_folder(model, args):
     weights, images and crop is not made again. Under torchrun each rank makes its own shards.
     """
     folder = ImageFolder(args.encode)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     names = [str(Path(f).relative_to(args.encode)) for f in folder.files]
     key = digest(model.digest, args.size, args.sample, names)
     shards = [range(i, min(i + args.shard, len(folder))) for i in range(0, len(folder), args.shard)]
@@ -834,6 +835,8 @@ def encode_folder(model, args):
 @torch.no_grad()
 def decode_file(model, args):
     """The images of --decode, an OUT of --encode or one shard, as PNGs in --out. An image that is there is not made again."""
+    if not args.decode.is_file():
+        raise ValueError(f"there is no file {args.decode} to decode: name one that --encode wrote")
     paths = [args.decode]
     if "z" not in load_safetensors(args.decode):
         paths = [args.decode.with_name(name) for name in json.loads(metadata(args.decode).get("shards", "[]"))]

@@ -364,6 +364,7 @@ def latents(folder):
 
 
 def test_encoded_latents_are_those_of_the_model_with_their_mean_and_std(photos, checkpoint, tmp_path):
+    tmp_path = tmp_path / "a new folder"
     E.main([checkpoint, "--encode", str(photos), "--out", str(tmp_path / "latents.safetensors"), "--shard", "16", *FAST])
     sae, files = SAE.from_pretrained(checkpoint), ImageFolder(photos)
     x = torch.stack([torch.from_numpy(np.array(center_crop(Image.open(p), 32))).permute(2, 0, 1) for p in files.files])
@@ -434,6 +435,10 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path):
 
 
 SCORES = ["--skip", "fid,lpips,probe", "--size", "32", "--workers", "0", "--out", "/dev/null"]
+
+
+def test_latents_that_are_not_there_are_refused(checkpoint, tmp_path):
+    assert "no file" in refusal(checkpoint, "--decode", tmp_path / "none.safetensors", "--out", tmp_path, *FAST)
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
