@@ -19,7 +19,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
 from pathlib import Path

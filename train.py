@@ -18,6 +18,7 @@ import os
 import sys
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sae import CHECKPOINT_VERSION, SAE, DINOv3, SAEConfig, asdict, feature_mse, load_checkpoint, load_safetensors
+from sae import CHECKPOINT_VERSION, SAE, DINOv3, SAEConfig, feature_mse, load_checkpoint, load_safetensors
 
 # ------------------------------------------------------------------ images
 

@@ -1,6 +1,7 @@
 """The encoder against transformers and timm, and the autoencoder's shapes and promises."""
 import copy
 import re
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -232,7 +233,7 @@ def test_kl_equals_torch_distributions(tiny):
 
 
 def test_a_checkpoint_gives_back_its_ema(tiny, tmp_path):
-    torch.save({"version": sae.CHECKPOINT_VERSION, "config": sae.asdict(tiny.config), "ema": tiny.state_dict()}, tmp_path / "c.pt")
+    torch.save({"version": sae.CHECKPOINT_VERSION, "config": asdict(tiny.config), "ema": tiny.state_dict()}, tmp_path / "c.pt")
     again = SAE.from_pretrained(tmp_path / "c.pt")
     assert again.config == tiny.config and not any(p.requires_grad for p in again.parameters())
     x, _ = images(1, *SQUARE)
