@@ -517,7 +517,8 @@ def watch(store, rank, world, seconds):
     def note(text):
         store.set(f"note {rank}", f"{next(begun):012d}{text}")
 
-    def look():
+    def stalled():
+        """Returns when the run is over, or with a sentence when it has stalled."""
         before, beats, idle = None, None, 0                     # idle counts pauses: a job that was stopped and continued has not stalled
         while not over.wait(pause):
             store.add(f"beat {rank}", 1)                        # this process runs, whatever its main thread is at
@@ -528,10 +529,18 @@ def watch(store, rank, world, seconds):
             if idle > seconds:
                 silent = [r for r in ranks if store.add(f"beat {r}", 0) == beats[r]]
                 behind = ", ".join(f"rank {r} ({notes[r][12:]})" for r in silent or [r for r in ranks if notes[r][:12] == min(notes)[:12]])
-                if store.add("told", 1) == 1:
-                    print(f"\ntrain.py: no rank has begun anything new for {seconds:g} s; {'silent' if silent else 'furthest behind'}: {behind}; "
-                          "look there, then go on with --resume, or wait longer with --timeout", file=sys.stderr, flush=True)
-                os._exit(1)
+                return store.add("told", 1) == 1 and (f"no rank has begun anything new for {seconds:g} s; {'silent' if silent else 'furthest behind'}: "
+                                                      f"{behind}; look there, then go on with --resume, or wait longer with --timeout")
+
+    def look():
+        try:
+            sentence = stalled()
+        except RuntimeError:                                    # the store went with the rank that keeps it
+            sentence = None if over.wait(seconds) else f"rank {rank} has lost the others; go on with --resume"
+        if sentence:
+            print(f"\ntrain.py: {sentence}", file=sys.stderr, flush=True)
+        if not over.is_set():
+            os._exit(1)
 
     note("starting")
     thread = threading.Thread(target=look, daemon=True)
