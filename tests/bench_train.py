@@ -368,8 +368,59 @@ def bench_parts(setting, folder, args):
         rows.append((part, *(f"{t:.1f}" + (f" ({t / times['train.py']:.2f})" if n in PEERS else "") for n, t in times.items())))
     table(f"parts, forward and backward, ms (over ours): {setting}, {size} px, batch {batch}", ("", *names), rows)
 
+# ------------------------------------------------------------------ data
 
-BENCHES = {"step": bench_step, "scaling": bench_scaling, "parts": bench_parts}
+def jpegs(folder, width, height, n=8):
+    """n synthetic JPEGs of about a photo's size in bytes: noise of all scales, its amplitude that of the scale. Quality 90, 4:2:0."""
+    folder.mkdir(parents=True)
+    for i in range(n):
+        rng, total = np.random.default_rng(i), np.zeros((height, width, 3))
+        for k in 2 ** np.arange(8):
+            noise = rng.normal(0, 6 * k ** 0.5, (height // k + 1, width // k + 1, 3))
+            total += np.stack([np.asarray(Image.fromarray(c.astype(np.float32)).resize((width, height), Image.BICUBIC)) for c in np.moveaxis(noise, 2, 0)], 2)
+        Image.fromarray((128 + total).clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
+
+
+def bench_data(setting, folder, args):
+    """CPU time, so that a busy machine does not count; every competitor ends with a uint8 tensor."""
+    from torchvision import io
+    from torchvision.transforms import v2
+    torch.set_num_threads(1)
+    sources = {f"{w}x{h}": (folder / f"jpeg{w}", 256) for w, h in ((500, 375), (1600, 1200), (4000, 3000))}
+    for name, (path, _) in sources.items():
+        jpegs(path / "a", *map(int, name.split("x")), n=2 if args.quick else 8)
+    if "SAE_TEST_DATA" in os.environ:
+        sources["caltech24"] = (Path(os.environ["SAE_TEST_DATA"]) / "data" / "caltech24" / "images", 128)
+    rows = []
+    for name, (path, size) in sources.items():
+        images = train.ImageFolder(path)
+        images.files = images.files[::8] if len(images) > 1000 else images.files
+        ours, rng = train.TrainingImages(images, size, 0), np.random.default_rng(0)
+        transform = v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.RandomCrop(size), v2.RandomHorizontalFlip()])
+
+        def pil(i):
+            im = Image.open(images.files[i]).convert("RGB")
+            scale = size / min(im.size)
+            im = im.resize((max(size, round(im.width * scale)), max(size, round(im.height * scale))), Image.BICUBIC)
+            left, top = rng.integers(im.width - size + 1), rng.integers(im.height - size + 1)
+            im = im.crop((left, top, left + size, top + size))
+            return torch.from_numpy(np.array(im.transpose(Image.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else im))
+
+        competitors = {"train.py": lambda i: ours[i], "PIL": pil, "torchvision, PIL": lambda i: v2.functional.pil_to_tensor(transform(Image.open(images.files[i]).convert("RGB"))),
+                       "torchvision, decode_jpeg": lambda i: transform(io.decode_jpeg(io.read_file(images.files[i]), io.ImageReadMode.RGB))}
+        times = {n: [] for n in competitors}
+        for _ in range(args.rounds + 1):
+            for n, f in competitors.items():
+                start = time.process_time()
+                for i in range(len(images)):
+                    f(i)
+                times[n].append((time.process_time() - start) / len(images))
+        times = {n: statistics.median(t[1:]) for n, t in times.items()}
+        rows.append((name, size, *(f"{1 / t:.0f}" + (f" ({t / times['train.py']:.2f})" if n != "train.py" else "") for n, t in times.items())))
+    table("images/s of one core (ours over it)", ("JPEGs", "crop", *competitors), rows)
+
+
+BENCHES = {"step": bench_step, "scaling": bench_scaling, "parts": bench_parts, "data": bench_data}
 
 
 def main():
@@ -388,8 +439,10 @@ def main():
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if DEVICE.type == 'cuda' else f'{torch.get_num_threads()} threads'}")
     for setting in ["quick"] if args.quick else ["S"] if DEVICE.type == "cpu" else ["H+, LDM decoder", "H+"]:
         with tempfile.TemporaryDirectory() as folder:
-            prepare(setting, Path(folder))
-            for name in args.what or BENCHES:
+            what = args.what or BENCHES
+            if set(what) - {"data"}:
+                prepare(setting, Path(folder))
+            for name in what:
                 BENCHES[name](setting, Path(folder), args)
 
 
