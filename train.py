@@ -215,15 +215,21 @@ class LPIPS(nn.Module):
         self.scaling, self.net, self.heads = model.scaling_layer, model.net, nn.ModuleList(h.model[-1] for h in model.lins)
         self.requires_grad_(False).eval()
 
-    def features(self, x):
-        """Unit vectors [B,C,h,w] of each layer. The root's argument stays above 0: its slope there is infinite, and 0 times it NaN."""
-        return [f / (f.square().sum(1, keepdim=True).clamp_min(1e-20).sqrt() + 1e-10) for f in (f.float() for f in self.net(self.scaling(x)))]
-
     def forward(self, x, y):
         with torch.no_grad():
-            fy = self.features(y)
-        # A head is a 1x1 convolution to one channel; as a product it stays in fp32 under autocast.
-        return sum(((a - b).square() * head.weight[0]).sum(1).mean((1, 2)) for head, a, b in zip(self.heads, self.features(x), fy))
+            targets = self.net(self.scaling(y))
+        features = self.net(self.scaling(x))
+        with torch.autocast(x.device.type, enabled=False):       # the distances are in fp32
+            return sum(self.distance(f, target, head.weight.flatten()) for f, target, head in zip(features, targets, self.heads))
+
+    @staticmethod
+    def distance(x, y, head):
+        """Mean over h and w of sum_c head[c] (x / |x| - y / |y|)^2: features [B,C,h,w] of one layer, head [C] -> [B], fp32.
+
+        Nothing but the difference is kept in fp32, and the sum over the channels is one matrix product.
+        """
+        x, y = (f * (1 / (torch.linalg.vector_norm(f, dim=1, keepdim=True, dtype=torch.float32) + 1e-10)) for f in (x, y))
+        return ((x - y).square().permute(0, 2, 3, 1) @ head).mean((1, 2))
 
     def train(self, mode=True):
         return super().train(False)          # frozen stays in eval
