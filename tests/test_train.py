@@ -397,3 +397,10 @@ def test_the_command_line_prints_the_sentence_and_fails(world):
     done = subprocess.run([sys.executable, ROOT / "train.py", "--stage", "1", "--data", "nowhere", "--encoder", world / "encoder.safetensors"],
                           capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == "train.py: there is no image folder nowhere: name one with --data"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["bench_train.py", "--quick", "--rounds", "1", "--steps", "2"], ["bench_data.py", "--rounds", "1", "--files", "1"]])
+def test_the_benchmarks_run(words):
+    done = subprocess.run([sys.executable, ROOT / "tests" / words[0], *words[1:]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
