@@ -15,10 +15,17 @@ import copy
 import json
 import math
 import os
+import resource
+import signal
 import sys
+import threading
 import time
 import warnings
+import zipfile
+from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
+from itertools import count, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +35,15 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sae import CHECKPOINT_VERSION, SAE, DINOv3, SAEConfig, feature_mse, load_checkpoint, load_safetensors
+from sae import CHECKPOINT_VERSION, SAE, Block, DINOv3, ResBlock, SAEConfig, feature_mse, load_checkpoint, load_safetensors
 
 # ------------------------------------------------------------------ images
 
@@ -134,7 +144,8 @@ def save_grid(path, *rows):
 class TrainingImages(Dataset):
     """Item g, the global sample index -> (uint8 [size,size,3], sentences on files that were skipped on the way).
 
-    Epoch g // n has its own permutation; the crop and the flip are drawn from (seed, g).
+    Epoch g // n has its own permutation; the crop and the flip are drawn from (seed, g). None in place of the image when
+    more than 1 % of all files in a row are bad: the loop says so, since an error raised here would come with the worker's traceback.
     """
 
     def __init__(self, folder, size, seed):
@@ -153,7 +164,7 @@ class TrainingImages(Dataset):
             except ValueError as e:
                 skipped.append(str(e))
                 position = (position + 1) % n
-        raise ValueError(too_many_bad(skipped, n))
+        return None, skipped
 
     def crop(self, path, rng):
         # To twice the size: the crops then differ from the full decode's by 49 dB (the worst of 258 photos by 40). Decoding down to
@@ -174,18 +185,28 @@ def too_many_bad(skipped, n):
     return f"more than 1 % of the {n} images cannot be used, the last because {sorted(skipped)[-1]}"
 
 
+def own_session(worker):
+    """Ctrl-C and torchrun signal a whole process group: the data workers leave it, since the loop needs them to reach its checkpoint."""
+    os.setsid()
+
+
+def collate(items):
+    crops = [x for x, _ in items]
+    return torch.stack(crops) if all(x is not None for x in crops) else None, [s for _, skipped in items for s in skipped]
+
+
 def batches(images, steps, batch, rank, world, workers):
-    """Yields (x uint8 [batch,size,size,3], skipped) for each step of `steps`: this rank's part of the global batch."""
+    """Yields (x uint8 [batch,size,size,3] or None, skipped) for each step of `steps`: this rank's part of the global batch."""
     def indices():
         for step in steps:
             first = (step * world + rank) * batch
             yield range(first, first + batch)
 
-    def collate(items):
-        return torch.stack([x for x, _ in items]), [s for _, skipped in items for s in skipped]
-
-    return iter(DataLoader(images, batch_sampler=indices(), collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                           prefetch_factor=4 if workers else None))
+    loader = iter(DataLoader(images, batch_sampler=indices(), collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
+                             prefetch_factor=4 if workers else None, worker_init_fn=own_session))
+    # DataLoader has a dead worker raise an error wherever the main thread is, even half-way through a checkpoint; `next` notices it as well.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return loader
 
 
 # ------------------------------------------------------------------ losses
@@ -286,7 +307,7 @@ def adaptive_weight(reconstruction, gan, xhat, last):
 def options(argv=None):
     p = argparse.ArgumentParser(description="Two-stage training of S-AE; the defaults are the paper's.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--stage", type=int, choices=(1, 2), required=True)
+    p.add_argument("--stage", type=int, choices=(1, 2), default=None)
     p.add_argument("--reg", type=float, default=100.0, help="weight of the teacher MSE (stage 2): more probe accuracy, less PSNR")
     # files
     p.add_argument("--data", default="data/imagenet/train", help="folder of images, one folder a class or flat")
@@ -302,7 +323,8 @@ def options(argv=None):
     p.add_argument("--blocks", type=int, default=None, help="residual blocks per resolution of the decoder; default 2")
     # optimisation
     p.add_argument("--size", type=int, default=256, help="training crop")
-    p.add_argument("--batch", type=int, default=16, help="images per rank")
+    p.add_argument("--batch", type=int, default=16, help="images per rank and pass")
+    p.add_argument("--accumulate", type=int, default=1, help="passes per step: as many times the images in the memory of --batch")
     p.add_argument("--steps", type=int, default=500_000)
     p.add_argument("--lr", type=float, default=5e-6)
     p.add_argument("--encoder-lr", type=float, default=None, help="default: --lr")
@@ -312,6 +334,8 @@ def options(argv=None):
     p.add_argument("--ema", type=float, default=0.9995)
     p.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="bf16: autocast over fp32 weights")
     p.add_argument("--checkpoint", action="store_true", help="recompute the encoder's blocks in the backward pass: less memory")
+    p.add_argument("--compile", action="store_true", help="torch.compile the encoder's blocks and the decoder: minutes at the start, faster steps")
+    p.add_argument("--shard", action="store_true", help="FSDP2 in place of DDP: for encoders whose states do not fit on one GPU")
     # losses
     p.add_argument("--l1", type=float, default=100.0)
     p.add_argument("--lpips", type=float, default=100.0)
@@ -329,14 +353,23 @@ def options(argv=None):
     p.add_argument("--log-every", type=int, default=50)
     p.add_argument("--image-every", type=int, default=1000)
     p.add_argument("--save-every", type=int, default=5000)
+    p.add_argument("--keep", type=int, default=2, help="checkpoints kept: last.pt, last-1.pt, ...")
+    p.add_argument("--max-skips", type=int, default=20, help="stop after so many steps in a row with a NaN or infinite loss or gradient")
+    p.add_argument("--timeout", type=float, default=600, help="seconds without progress on any rank after which the run ends")
+    p.add_argument("--tensorboard", action="store_true", help="also write the metrics for TensorBoard")
+    p.add_argument("--plot", nargs="+", metavar="RUN", default=None, help="draw the metrics of these output folders, and train nothing")
     p.add_argument("--dry-run", action="store_true", help="print configuration, parameter counts and estimated memory, then stop")
     args = p.parse_args(argv)
+    if args.stage is None and not args.plot:
+        p.error("name the --stage, 1 or 2")
     for name in ("reg", "l1", "lpips", "gan", "kl", "lr", "min_lr", "warmup", "disc_start", "gan_start", "workers"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name):g} is negative: give 0 or more")
-    for name in ("batch", "steps", "log_every", "image_every", "save_every"):
+    for name in ("batch", "accumulate", "steps", "log_every", "image_every", "save_every", "keep", "max_skips", "timeout"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive: give 1 or more")
+    if args.adaptive and (args.shard or args.accumulate > 1):
+        raise ValueError("--adaptive needs the whole gradient of the last layer in one pass: drop it, or --shard and --accumulate")
     args.out = args.out or ("runs/stage1" if args.stage == 1 else f"runs/stage2-reg{args.reg:g}")
     return args
 
@@ -355,6 +388,7 @@ def build(args):
     """(SAE, teacher or None, discriminator), on the CPU; refuses what does not fit together."""
     if not Path(args.encoder).is_file():
         raise ValueError(f"there is no encoder {args.encoder}: run ./weights.sh, or name a DINOv3 file with --encoder")
+    torch.manual_seed(args.seed)
     pretrained = DINOv3.from_pretrained(args.encoder).requires_grad_(False)
     asked = {k: v for k, v in dict(f=args.f, z_dim=args.z_dim, widths=args.widths and tuple(args.widths), blocks=args.blocks).items() if v is not None}
     disc = PatchGAN()
@@ -384,36 +418,74 @@ def build(args):
     return sae, teacher, disc
 
 
-def save(out, state):
-    """Write out/last.pt, whole or not at all; the one before stays as previous.pt."""
-    tmp, last = out / "last.pt.tmp", out / "last.pt"
-    with open(tmp, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    if last.exists():
-        os.replace(last, out / "previous.pt")
-    os.replace(tmp, last)
-
-
-def load_last(out):
-    """out/last.pt, or out/previous.pt where the last is damaged; says so."""
+@contextmanager
+def writing(path):
+    """An OSError of what is done inside becomes one sentence: a full disk or a missing permission is no fault of the program."""
     try:
-        return load_checkpoint(out / "last.pt")
-    except ValueError as e:
-        if not (out / "previous.pt").exists():
+        yield
+    except OSError as e:
+        raise ValueError(f"{path} cannot be written: {e.strerror}; mend that and go on with --resume: what was saved before is whole") from e
+
+
+def save(out, state, keep):
+    """Write out/last.pt, whole or not at all; last-1.pt, last-2.pt ... are the ones before, `keep` in all."""
+    tmp, kept = out / "last.pt.tmp", [out / "last.pt", *(out / f"last-{i}.pt" for i in range(1, keep))]
+    with writing(out / "last.pt"):
+        try:
+            with open(tmp, "wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError:
+            tmp.unlink()                                        # a full disk is no place for half a checkpoint
             raise
-        print(f"{e}; going back to {out}/previous.pt", file=sys.stderr)
-        return load_checkpoint(out / "previous.pt")
+        for newer, older in reversed(list(pairwise(kept))):
+            if newer.exists():
+                os.replace(newer, older)
+        os.replace(tmp, kept[0])
 
 
-def latent_statistics(sae, images, args, rank, world, autocast, n=10_000):
+def checkpoints(out):
+    """What `save` has left in `out`, the newest first. A kill between its renames can leave no last.pt."""
+    return sorted(out.glob("last*.pt"), key=lambda path: int(path.stem[len("last-"):] or 0))
+
+
+def load_last(out, rank=0):
+    """The newest checkpoint in `out` that is whole, by the checksums in it; says which ones are not."""
+    found = checkpoints(out)
+    if not found:
+        raise ValueError(f"there is no checkpoint {out}/last.pt to go on from: start without --resume")
+    for path in found:
+        try:
+            state = load_checkpoint(path)
+            with zipfile.ZipFile(path) as records:              # torch.load maps the tensors and does not check them
+                if records.testzip() is None:
+                    return state
+            problem = f"{path} is damaged"
+        except ValueError as e:
+            problem = str(e)
+        if rank == 0:
+            print(f"{problem}; trying the checkpoint before it", file=sys.stderr)
+    raise ValueError(f"none of the {len(found)} checkpoints in {out} is whole: start again in another folder")
+
+
+@torch.no_grad()
+def swap(weights, others):
+    """Exchange the values of two lists of tensors."""
+    for p, e in zip(weights, others, strict=True):
+        before = p.clone()
+        p.copy_(e)
+        e.copy_(before)
+
+
+def latent_statistics(sae, images, args, rank, world, autocast, note, n=10_000):
     """Fill in latent_mean and latent_std [z_dim] of z over the first n training crops, moments in fp64, the same on any number of ranks."""
     device = sae.latent_mean.device
     moments = torch.zeros(2, sae.config.z_dim, dtype=torch.float64, device=device)
     steps = max(1, min(n, len(images.files)) // (args.batch * world))
     with torch.no_grad(), autocast():
         for x, _ in tqdm(batches(images, range(steps), args.batch, rank, world, args.workers), "latent statistics", steps, disable=rank > 0):
+            note("latent statistics")
             q = sae.encode(to_float(x.to(device)))
             mu, var = q.mu.double(), q.logvar.double().clamp(-30, 20).exp()
             # E[z^2] = E[mu^2 + var]: z is a draw, not the mean
@@ -452,177 +524,404 @@ def dry_run(sae, teacher, disc, args):
     print(f"memory per rank, estimated    {states / 2 ** 30:10.1f} GiB of states, {sum(kept.values()) / 2 ** 30:.1f} GiB of the autoencoder's activations")
 
 
+# ------------------------------------------------------------------ ranks
+
+signals = []                                                    # those received, see `on_signal`
+
+
+def on_signal(signum, frame):
+    """The first signal ends the run after the step at hand, with a checkpoint; a second one ends the process at once."""
+    if signals:
+        os._exit(128 + signum)
+    signals.append(signum)
+
+
+@contextmanager
+def watch(store, rank, world, seconds):
+    """Gives note(text), to be called when this rank begins something new.
+
+    Where a rank stalls, the others wait for it in a collective, in silence. So when no rank has begun anything for `seconds`,
+    the one that is furthest behind is named and all processes end; the checkpoints are whole, and torchrun can start again.
+    """
+    ranks, begun, over, pause = range(world), count(1), threading.Event(), min(1, seconds / 10)
+
+    def note(text):
+        store.set(f"note {rank}", f"{next(begun):012d}{text}")
+
+    def look():
+        before, beats, idle = None, None, 0                     # idle counts pauses: a job that was stopped and continued has not stalled
+        while not over.wait(pause):
+            store.add(f"beat {rank}", 1)                        # this process runs, whatever its main thread is at
+            notes = [store.get(f"note {r}").decode() if store.check([f"note {r}"]) else f"{0:012d}not started" for r in ranks]
+            if notes != before:
+                before, beats, idle = notes, [store.add(f"beat {r}", 0) for r in ranks], 0
+            idle += pause
+            if idle > seconds:
+                silent = [r for r in ranks if store.add(f"beat {r}", 0) == beats[r]]
+                behind = ", ".join(f"rank {r} ({notes[r][12:]})" for r in silent or [r for r in ranks if notes[r][:12] == min(notes)[:12]])
+                if store.add("told", 1) == 1:
+                    print(f"\ntrain.py: no rank has begun anything new for {seconds:g} s; {'silent' if silent else 'furthest behind'}: {behind}; "
+                          "look there, then go on with --resume, or wait longer with --timeout", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    note("starting")
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield note
+    finally:
+        over.set()
+        thread.join()
+
+
+def exchange_gradients(*models, on):
+    """Whether the coming backward passes exchange the gradients between the ranks; until then they pile up on each."""
+    for model in models:
+        if isinstance(model, DDP):
+            model.require_backward_grad_sync = on               # what DDP.no_sync sets
+        elif isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(on)
+
+
+def shard(model):
+    """FSDP2: weights, gradients and moments of `model` are split over the ranks; a block is gathered while it is at work."""
+    for m in model.modules():
+        if isinstance(m, (Block, ResBlock)):
+            fully_shard(m)
+    fully_shard(model)
+    if isinstance(model, SAE):
+        register_fsdp_forward_method(model, "encode")           # beside forward, which has the hooks already
+
+
+def local(t):
+    """This rank's part of a sharded tensor; any other as it is."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def whole(tree, rank):
+    """A state dict with its sharded tensors put together, on the CPU of rank 0; all ranks take part."""
+    def gather(t):
+        if not isinstance(t, DTensor):
+            return t
+        t = t.full_tensor()
+        return t.cpu() if rank == 0 else None
+    return tree_map(gather, tree)
+
+
+def like(p, t):
+    """A whole tensor as the parameter p is: its shard, device and memory order. The fused optimizer takes for granted that they agree."""
+    if not t.dim():
+        return t
+    if isinstance(p, DTensor):
+        return distribute_tensor(t.contiguous().to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    return torch.empty_like(p).copy_(t)
+
+
+# ------------------------------------------------------------------ what is seen
+
+def tensorboard(out, step):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise ValueError("--tensorboard needs the package: pip install tensorboard") from e
+    return SummaryWriter(out, purge_step=step + 1)
+
+
+def plot(runs):
+    """Every column of the runs' metrics.jsonl against the step -> curves.png beside the first run."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise ValueError("--plot needs matplotlib: pip install --no-build-isolation -e '.[plot]'") from e
+    tables = {}
+    for run in map(Path, runs):
+        if not (run / "metrics.jsonl").is_file():
+            raise ValueError(f"there is no {run}/metrics.jsonl: name output folders of train.py with --plot")
+        tables[run] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    names = sorted({name for table in tables.values() for line in table for name in line} - {"step"})
+    figure = Figure(figsize=(20, 4 * math.ceil(len(names) / 4)), layout="constrained")
+    for axes, name in zip(figure.subplots(math.ceil(len(names) / 4), 4, squeeze=False).flat, names):
+        for run, table in tables.items():
+            points = [(line["step"], line[name]) for line in table if line.get(name) is not None]
+            axes.plot(*zip(*points) if points else ((), ()), label=run.name)
+        axes.set(title=name, xlabel="step", yscale="log" if name in ("l1", "lpips", "mse", "mse/var", "kl") else "linear")
+        axes.legend()
+    out = Path(runs[0]).parent / "curves.png"
+    with writing(out):
+        figure.savefig(out)
+    print(f"wrote {out}")
+
+
 # ------------------------------------------------------------------ the run
 
-def main(args):
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+def main(args, rank, world, store, note):
+    """One run: `store` introduces the `world` ranks to each other, `note` is told what this one is at."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     out = Path(args.out)
+    images_per_step = args.batch * world * args.accumulate
+    if rank > 0:
+        warnings.simplefilter("ignore")                         # rank 0 says it
 
     # Everything that can be refused is refused here, before the first step.
     sae, teacher, disc = build(args)
     folder = ImageFolder(args.data, args.split)
     if len(folder) < world:
         raise ValueError(f"{args.data} holds {len(folder)} images, fewer than the {world} ranks: start fewer")
+    if args.shard and world == 1:
+        raise ValueError("--shard splits the weights over the ranks, and there is one: start more with torchrun, or drop it")
     lpips = LPIPS(args.lpips_net, args.lpips_weights) if args.lpips else None
     if rank == 0:
-        print(f"stage {args.stage}, {len(folder)} images, {world} x {args.batch} a step on {device.type}\n" + ", ".join(f"{k} {v}" for k, v in vars(args).items()))
+        print(f"stage {args.stage}, {len(folder)} images, {world} x {args.batch} x {args.accumulate} a step on {device.type}\n"
+              + ", ".join(f"{k} {v}" for k, v in vars(args).items()))
     if args.dry_run:
         if rank == 0:
             dry_run(sae, teacher, disc, args)
         return
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / f".writable{rank}").touch()
         (out / f".writable{rank}").unlink()
-    except OSError as e:
-        raise ValueError(f"the output folder {out} cannot be written: {e.strerror}") from e
-    if (out / "last.pt").exists() and not args.resume:
+    # torchrun --max-restarts starts the same command again: what it finds then is its own.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if checkpoints(out) and not (args.resume or restarted):
         raise ValueError(f"{out} holds a run already: continue it with --resume, or name another folder with --out")
+    step, skips, saved = 0, 0, None
+    if args.resume or restarted and checkpoints(out):
+        saved = load_last(out, rank)
+        theirs = {**saved["config"], "stage": saved["args"]["stage"]}
+        differ = [f"{k} {v} (there {theirs[k]})" for k, v in {**asdict(sae.config), "stage": args.stage}.items() if v != theirs[k]]
+        if differ:
+            raise ValueError(f"the checkpoint in {out} is of another stage or architecture: {', '.join(differ)}")
+        if saved["images_per_step"] != images_per_step:
+            raise ValueError(f"the checkpoint in {out} was trained on {saved['images_per_step']} images a step, not {args.batch} x {world} x "
+                             f"{args.accumulate}: change --batch or --accumulate")
+        sae.load_state_dict(saved["model"])
+        disc.load_state_dict(saved["disc"])
+        step, skips = saved["step"], saved.get("skips", 0)
+        changed = [f"{k} {v} (was {saved['args'].get(k)})" for k, v in vars(args).items() if k != "resume" and v != saved["args"].get(k)]
+        if rank == 0:
+            print(f"resuming at step {step}" + (", with " + ", ".join(changed) if changed else ""))
+
     if world > 1:
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # Twice the time: `watch` knows which rank is behind, and is to speak first.
+        dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=world,
+                                timeout=timedelta(seconds=2 * args.timeout + 60))
 
-    # The EMA shares what is frozen, in memory and in the checkpoint.
-    ema = SAE(sae.config, sae.encoder if args.stage == 1 else copy.deepcopy(sae.encoder))
-    ema.load_state_dict(sae.state_dict())
-    for module in (sae.decoder, sae.down, ema.decoder, ema.down, disc, *([lpips] if lpips else [])):
+    if args.compile:
+        for module in (*sae.encoder.blocks, *(teacher.blocks if teacher else ()), sae.decoder):
+            module.compile()                                    # in place: names in checkpoints stay as they are
+    for module in (disc, *([lpips] if lpips else []), *(() if args.shard else (sae.decoder, sae.down))):
         module.to(memory_format=torch.channels_last)            # what the convolution libraries want: no transposes
-    for module in (sae, ema, disc, teacher, lpips):
+    for module in (sae, disc, teacher, lpips):
         if module:
             module.to(device)
-    ema.eval().requires_grad_(False)
-    trained = [p for p in sae.parameters() if p.requires_grad]
-    averaged = [e for e, p in zip(ema.parameters(), sae.parameters(), strict=True) if p.requires_grad]
-
-    encoder_ids = {id(p) for p in sae.encoder.parameters()}
-    groups = [{"params": [p for p in trained if id(p) not in encoder_ids], "peak": args.lr},
-              {"params": [p for p in trained if id(p) in encoder_ids], "peak": args.lr if args.encoder_lr is None else args.encoder_lr}]
+    wrap = lambda module: DDP(module, device_ids=[local_rank] if cuda else None, gradient_as_bucket_view=True) if world > 1 else module
+    if args.shard:
+        for module in (sae, teacher) if teacher else (sae,):
+            shard(module)
+    model, disc_ddp = sae if args.shard else wrap(sae), wrap(disc)
+    trained = {name: p for name, p in sae.named_parameters() if p.requires_grad}
+    averaged = {name: p.detach().clone() for name, p in trained.items()}                 # the EMA; what is frozen it shares
+    groups = [{"params": [p for name, p in trained.items() if not name.startswith("encoder.")], "peak": args.lr},
+              {"params": [p for name, p in trained.items() if name.startswith("encoder.")], "peak": args.lr if args.encoder_lr is None else args.encoder_lr}]
     adamw = lambda groups: torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
     opt = adamw(groups)
     opt_disc = adamw([{"params": list(disc.parameters()), "peak": args.lr if args.disc_lr is None else args.disc_lr}])
+    if saved:
+        for name, e in averaged.items():
+            e.copy_(like(e, saved["ema"][name]))
+        params = [p for group in opt.param_groups for p in group["params"]]
+        for i, moments in saved["opt"]["state"].items():
+            moments.update({k: like(params[i], v) for k, v in moments.items()})
+        opt.load_state_dict(saved["opt"])
+        opt_disc.load_state_dict(saved["opt_disc"])
+        saved = None                                            # its memory
 
-    step = 0
-    if args.resume:
-        state = load_last(out)
-        if state["config"] != asdict(sae.config) or state["args"]["stage"] != args.stage:
-            raise ValueError(f"{out}/last.pt is of another stage or architecture than the options ask for")
-        if state["images_per_step"] != args.batch * world:
-            raise ValueError(f"{out}/last.pt was trained on {state['images_per_step']} images a step, not {args.batch} x {world}: change --batch")
-        sae.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        disc.load_state_dict(state["disc"])
-        opt.load_state_dict(state["opt"])
-        opt_disc.load_state_dict(state["opt_disc"])
-        step = state["step"]
-        changed = [f"{k} {v} (was {state['args'].get(k)})" for k, v in vars(args).items() if k != "resume" and v != state["args"].get(k)]
-        if rank == 0:
-            print(f"resuming at step {step}" + (", with " + ", ".join(changed) if changed else ""))
-    metrics = out / "metrics.jsonl"
+    def state():
+        weights, ema = whole(sae.state_dict(), rank), whole(averaged, rank)
+        return {"version": CHECKPOINT_VERSION, "config": asdict(sae.config), "args": vars(args), "images_per_step": images_per_step, "step": step,
+                "skips": skips, "model": weights, "ema": {**weights, **ema}, "disc": disc.state_dict(), "opt": whole(opt.state_dict(), rank),
+                "opt_disc": opt_disc.state_dict()}
+
+    metrics, board = out / "metrics.jsonl", None
     if rank == 0:
-        (out / "config.json").write_text(json.dumps({**vars(args), "model": asdict(sae.config)}, indent=1))
-        # Lines after the checkpoint belong to steps that will be done again; a kill can have cut the last one short.
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        metrics.write_text("".join(line + "\n" for line in lines))
+        with writing(out):
+            (out / "config.json").write_text(json.dumps({**vars(args), "model": asdict(sae.config)}, indent=1))
+            # Lines after the checkpoint belong to steps that will be done again; a kill can have cut the last one short.
+            lines = metrics.read_text().splitlines() if metrics.exists() else []
+            lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            metrics.write_text("".join(line + "\n" for line in lines))
+            board = tensorboard(out, step) if args.tensorboard else None
 
-    wrap = lambda module: DDP(module, device_ids=[local] if cuda else None, gradient_as_bucket_view=True) if world > 1 else module
-    model, disc_ddp = wrap(sae), wrap(disc)
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     images = TrainingImages(folder, args.size, args.seed)
     latents_per_image = sae.config.z_dim * (args.size // sae.config.f) ** 2
-    bad, since, seen = set(), time.time(), 0
-
-    def state():
-        return {"version": CHECKPOINT_VERSION, "config": asdict(sae.config), "args": vars(args), "images_per_step": args.batch * world, "step": step,
-                "model": sae.state_dict(), "ema": ema.state_dict(), "disc": disc.state_dict(), "opt": opt.state_dict(), "opt_disc": opt_disc.state_dict()}
-
+    bad_files, row, saved_at, since, seen = set(), 0, step, time.time(), 0
+    parts = batches(images, range(step * args.accumulate, args.steps * args.accumulate), args.batch, rank, world, args.workers)
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0, desc=f"stage {args.stage}", dynamic_ncols=True)
-    for x, skipped in batches(images, range(step, args.steps), args.batch, rank, world, args.workers):
-        for sentence in skipped:
-            if sentence not in bad:
-                bar.write(f"skipped: {sentence}")
-        bad.update(skipped)
-        if len(bad) * 100 > len(folder):
-            raise ValueError(too_many_bad(bad, len(folder)))
+    while step < args.steps:
         for group in opt.param_groups + opt_disc.param_groups:
             group["lr"] = learning_rate(step, group["peak"], args)
-        x = to_float(x.to(device, non_blocking=True))                                    # [B,3,H,W]
         log, show = (step + 1) % args.log_every == 0 or step + 1 == args.steps, (step + 1) % args.image_every == 0 or step + 1 == args.steps
         disc_learns = args.gan > 0 and step >= args.disc_start
         gan_counts = disc_learns and step >= args.gan_start
-
-        # ---- generator
-        with autocast():
-            # offset: each image of the whole run has its own stretch of one noise stream
-            xhat, kl, patches = model(x, args.seed, (step * world + rank) * args.batch * latents_per_image)
-            terms = {"l1": (args.l1, F.l1_loss(xhat.float(), x))}
-            if lpips:
-                terms["lpips"] = (args.lpips, lpips(xhat, x).mean())
-            if args.stage == 2:
-                with torch.no_grad():
-                    target = teacher(x)[2]
-                terms["kl"] = (args.kl, kl.mean())
-                terms["mse"] = (args.reg, feature_mse(patches, target))
-            if gan_counts:
-                disc.requires_grad_(False)
-                terms["gan"] = (args.gan, generator_loss(disc(xhat).float(), args.gan_loss))
-        if gan_counts and args.adaptive:
-            reconstruction = sum(w * terms[t][1] for t, w in (("l1", args.l1), ("lpips", args.lpips)) if t in terms)
-            terms["gan"] = (args.gan * adaptive_weight(reconstruction, terms["gan"][1], xhat, sae.decoder[-1].weight), terms["gan"][1])
-        loss = sum(w * term for w, term in terms.values() if torch.is_tensor(w) or w > 0)
         opt.zero_grad()
-        loss.backward()
-        opt.step()
-        # EMA: e <- decay e + (1 - decay) p
-        torch._foreach_lerp_(averaged, trained, 1 - args.ema)
+        opt_disc.zero_grad()
+        logged, new_bad, loss_sum = [], [], 0
 
-        # ---- discriminator, on the fake images that the generator step made
-        if disc_learns:
-            disc.requires_grad_(True)
+        for part in range(step * args.accumulate, (step + 1) * args.accumulate):
+            note(f"images of step {step}")
+            x, skipped = next(parts)
+            new_bad += [sentence for sentence in skipped if sentence not in bad_files]
+            if x is None:
+                raise ValueError(too_many_bad(new_bad, len(folder)))
+            note(f"step {step}")
+            x = to_float(x.to(device, non_blocking=True))                                # [B,3,H,W]
+            exchange_gradients(model, disc_ddp, on=(part + 1) % args.accumulate == 0)    # once a step
+
+            # ---- generator
             with autocast():
-                real, fake = disc_ddp(torch.cat([x, xhat.detach().to(x.dtype)])).float().chunk(2)
-                terms["disc"] = (0, discriminator_loss(real, fake, args.gan_loss))
-            opt_disc.zero_grad()
-            terms["disc"][1].backward()
-            opt_disc.step()
+                # offset: each image of the whole run has its own stretch of one noise stream
+                xhat, kl, patches = model(x, args.seed, (part * world + rank) * args.batch * latents_per_image)
+                terms = {"l1": (args.l1, F.l1_loss(xhat.float(), x))}
+                if lpips:
+                    terms["lpips"] = (args.lpips, lpips(xhat, x).mean())
+                if args.stage == 2:
+                    with torch.no_grad():
+                        target = teacher(x)[2]
+                    terms["kl"] = (args.kl, kl.mean())
+                    terms["mse"] = (args.reg, feature_mse(patches, target))
+                if gan_counts:
+                    disc.requires_grad_(False)
+                    terms["gan"] = (args.gan, generator_loss(disc(xhat).float(), args.gan_loss))
+            if gan_counts and args.adaptive:
+                reconstruction = sum(w * terms[t][1] for t, w in (("l1", args.l1), ("lpips", args.lpips)) if t in terms)
+                terms["gan"] = (args.gan * adaptive_weight(reconstruction, terms["gan"][1], xhat, sae.decoder[-1].weight), terms["gan"][1])
+            loss = sum(w * term for w, term in terms.values() if torch.is_tensor(w) or w > 0) / args.accumulate
+            loss.backward()
 
-        step, seen = step + 1, seen + args.batch * world
+            # ---- discriminator, on the fake images that the generator has just made
+            if disc_learns:
+                disc.requires_grad_(True)
+                with autocast():
+                    real, fake = disc_ddp(torch.cat([x, xhat.detach().to(x.dtype)])).float().chunk(2)
+                    terms["disc"] = (0, discriminator_loss(real, fake, args.gan_loss))
+                (terms["disc"][1] / args.accumulate).backward()
+            loss_sum += loss.detach()
+            if log:
+                values = {name: term.detach().float() for name, (_, term) in terms.items()}
+                values["psnr"] = psnr(to_uint8(x), to_uint8(xhat)).mean()
+                if args.stage == 2:
+                    values["mse/var"] = values["mse"] / target.float().var()
+                logged.append(torch.stack(list(values.values())))
+
+        # ---- one small exchange: what one rank has met, all act on together
+        grads = [local(p.grad) for p in (*trained.values(), *disc.parameters()) if p.grad is not None]
+        finite = torch.isfinite(torch.nn.utils.get_total_norm(grads) + loss_sum)
+        met = torch.tensor([0.0, len(new_bad), signals[0] if signals else 0], device=device)
+        met[0] = ~finite
+        if world > 1:
+            dist.all_reduce(met, dist.ReduceOp.MAX)
+        broken, any_bad, signum = (int(v) for v in met.tolist())
+        if any_bad:
+            every = [new_bad]
+            if world > 1:
+                every = [None] * world
+                dist.all_gather_object(every, new_bad)
+            for sentence in sorted({s for sentences in every for s in sentences} - bad_files):
+                bad_files.add(sentence)
+                if rank == 0:
+                    bar.write(f"skipped: {sentence}")
+            if len(bad_files) * 100 > len(folder):
+                raise ValueError(too_many_bad(bad_files, len(folder)))
+        if broken:
+            skips, row = skips + 1, row + 1
+        else:
+            row = 0
+            opt.step()
+            with torch.no_grad():
+                # EMA: e <- decay e + (1 - decay) p
+                torch._foreach_lerp_(list(averaged.values()), list(trained.values()), 1 - args.ema)
+            if disc_learns:
+                opt_disc.step()
+
+        step, seen = step + 1, seen + images_per_step
         bar.update()
         if log:
-            values = {name: term.detach().float() for name, (_, term) in terms.items()}
-            values["psnr"] = psnr(to_uint8(x), to_uint8(xhat)).mean()
-            if args.stage == 2:
-                values["mse/var"] = values["mse"] / target.float().var()
-            packed = torch.stack(list(values.values()))
+            packed = torch.stack(logged).mean(0)
             if world > 1:
                 dist.all_reduce(packed)
-            values = dict(zip(values, (packed / world).tolist()))
-            values |= {"lr": opt.param_groups[0]["lr"], "images/s": seen / (time.time() - since)}
+            values = {name: v if math.isfinite(v) else None for name, v in zip(values, (packed / world).tolist())}
+            peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            values |= {"lr": opt.param_groups[0]["lr"], "skips": skips, "images/s": seen / (time.time() - since), "GiB": peak / 2 ** 30}
             since, seen = time.time(), 0
             if rank == 0:
-                with open(metrics, "a") as f:
+                with writing(metrics), open(metrics, "a") as f:
                     f.write(json.dumps({"step": step, **values}) + "\n")
-                bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k != "lr"})
+                bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if v is not None and k != "lr"})
+            for name, value in values.items() if board else ():
+                board.add_scalar(name, value or float("nan"), step)
         if show and rank == 0:
-            save_grid(out / f"grid-{step:07d}.png", x[:8], xhat[:8].detach())
+            with writing(out):
+                save_grid(out / f"grid-{step:07d}.png", x[:8], xhat[:8].detach())
+        if row >= args.max_skips:
+            raise ValueError(f"the loss or a gradient was NaN or infinite in the last {row} steps, up to step {step}, and they were skipped: go on from "
+                             f"{out}/last.pt ({f'step {saved_at}' if saved_at else 'none yet'}) with --resume and a lower --lr, or --precision fp32")
         if step == args.steps:
-            latent_statistics(ema, images, args, rank, world, autocast)
-            sae.latent_mean.copy_(ema.latent_mean)
-            sae.latent_std.copy_(ema.latent_std)
-        if rank == 0 and (step % args.save_every == 0 or step == args.steps):
-            save(out, state())
+            swap(trained.values(), averaged.values())
+            latent_statistics(sae, images, args, rank, world, autocast, note)
+            swap(trained.values(), averaged.values())
+        if step % args.save_every == 0 or step == args.steps or signum:
+            note(f"checkpoint of step {step}")
+            now = state()
+            if rank == 0:
+                save(out, now, args.keep)
+            saved_at = step
+        if signum and step < args.steps:
+            break
     bar.close()
-    if rank == 0:
-        print(f"wrote {out}/last.pt, {metrics} and {out}/grid-*.png")
     if world > 1:
         dist.destroy_process_group()
+    if rank == 0:
+        print(f"wrote {out}/last.pt, {metrics} and {out}/grid-*.png" if step == args.steps else
+              f"stopped by {signal.Signals(signum).name} after step {step}, which is in {out}/last.pt: go on with --resume")
+    if step < args.steps:
+        sys.exit(128 + signum)                                  # so that no script takes it for a finished run
+
+
+def launch(argv=None):
+    """The command line. What goes wrong is told in one sentence, by the first rank that meets it, and the exit status is 1."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    store = dist.HashStore()
+    if world > 1:       # torchrun keeps one store over its restarts: what the ranks before have left in it is not for these
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(dist.rendezvous("env://"))[0])
+    for signum in signal.SIGINT, signal.SIGTERM:
+        signal.signal(signum, on_signal)
+    try:
+        args = options(argv)
+        if args.plot:
+            return plot(args.plot)
+        with watch(dist.PrefixStore("watch", store), rank, world, args.timeout) as note:
+            return main(args, rank, world, store, note)
+    except ValueError as e:
+        key = problem = str(e)
+    except RuntimeError as e:
+        reason = str(e).splitlines()[0]
+        if "DataLoader worker" in reason:
+            key = problem = f"a data worker of rank {rank} has died, most often for want of memory: {reason} Go on with --resume, " \
+                            "perhaps with fewer --workers"
+        elif isinstance(e, dist.DistError) or "gloo" in reason:
+            key, problem = "lost", f"another rank has gone, and this one cannot go on without it ({reason}); go on with --resume"
+        else:
+            raise
+    if store.add(key, 1) == 1:
+        print(f"train.py: {problem}", file=sys.stderr, flush=True)
+    sys.exit(1)
 
 
 if __name__ == "__main__":
-    try:
-        main(options())
-    except ValueError as e:
-        sys.exit(f"train.py: {e}")
+    launch()
