@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -76,12 +76,27 @@ class ImageFolder:
 
 def load_image(path):
     """The image at `path` as PIL RGB, upright (EXIF), 16-bit scaled to 8, the first frame of an animation. ValueError if unreadable."""
+    return load_reduced(path, None)[0]
+
+
+def load_reduced(path, short_side):
+    """(image, (width, height)) as `load_image`, but a JPEG decoded at 1/2, 1/4 or 1/8 where that leaves `short_side` or more.
+
+    The sides are those of the part of the image that is covered: 1001 pixels are 500.5 at 1/2, in an image of 501.
+    """
     try:
         with Image.open(path) as im:
-            im = ImageOps.exif_transpose(im)
-            if im.mode.startswith("I"):                                 # 16 bits: Pillow's convert would clip at 255
-                im = Image.fromarray((np.asarray(im).clip(0, 65535) / 257).round().astype(np.uint8))
-            return im.convert("RGB")
+            sides = im.size
+            # What a turned image covers is not known so well, unless its sides are multiples of 8, as those of most cameras are.
+            if short_side and (im.getexif().get(ExifTags.Base.Orientation, 1) == 1 or not any(n % 8 for n in sides)):
+                im.draft(None, (short_side, short_side))                # leaves all but JPEGs as they are
+                part = round(sides[0] / im.width)
+                sides = sides[0] / part, sides[1] / part
+            upright = ImageOps.exif_transpose(im)
+            sides = sides if upright.size == im.size else sides[::-1]
+            if upright.mode.startswith("I"):                            # 16 bits: Pillow's convert would clip at 255
+                upright = Image.fromarray((np.asarray(upright).clip(0, 65535) / 257).round().astype(np.uint8))
+            return upright.convert("RGB"), sides
     except Exception as e:      # Pillow's decoders raise a dozen kinds of error on damaged files
         raise ValueError(f"{path} cannot be read as an image: {e or type(e).__name__}") from e
 
@@ -95,9 +110,14 @@ def center_crop(im, size):
     return im.crop((left, top, left + size, top + size))
 
 
+def resized(width, height, short_side):
+    """(width, height) scaled so that the shorter one is `short_side`, rounded."""
+    scale = short_side / min(width, height)
+    return max(short_side, round(width * scale)), max(short_side, round(height * scale))
+
+
 def resize_short_side(im, size):
-    scale = size / min(im.size)
-    return im.resize((max(size, round(im.width * scale)), max(size, round(im.height * scale))), Image.BICUBIC)
+    return im.resize(resized(*im.size, size), Image.BICUBIC)
 
 
 def to_float(x):
@@ -147,13 +167,18 @@ class TrainingImages(Dataset):
         return None, skipped
 
     def crop(self, path, rng):
-        im = load_image(path)
-        if min(im.size) * 2 < self.size:    # enlarged more than twice it would teach blur
+        # To twice the size: the crops then differ from the full decode's by 49 dB (the worst of 258 photos by 40). Decoding down to
+        # the size itself would serve more photos, but at 39 dB (26).
+        im, sides = load_reduced(path, 2 * self.size)
+        if min(sides) * 2 < self.size:      # enlarged more than twice it would teach blur
             raise ValueError(f"{path} is {im.width}x{im.height}, too small for crops of {self.size}: remove it or lower --size")
-        im = resize_short_side(im, self.size)
-        left, top = rng.integers(im.width - self.size + 1), rng.integers(im.height - self.size + 1)
-        im = im.crop((left, top, left + self.size, top + self.size))
-        return torch.from_numpy(np.array(ImageOps.mirror(im) if rng.random() < 0.5 else im))
+        w, h = resized(*sides, self.size)
+        x = torch.from_numpy(np.array(im)).permute(2, 0, 1)[None]                        # [1,3,height,width]
+        # Equal to Pillow's BICUBIC to 74 dB (at worst 55), 3 times as fast. The 1e-6 keep h and w from being rounded down.
+        x = F.interpolate(x, scale_factor=((h + 1e-6) / sides[1], (w + 1e-6) / sides[0]), mode="bicubic", antialias=True)[0]
+        left, top = rng.integers(w - self.size + 1), rng.integers(h - self.size + 1)
+        x = x[:, top:top + self.size, left:left + self.size]                             # [3,size,size]
+        return (x.flip(2) if rng.random() < 0.5 else x).permute(1, 2, 0).contiguous()
 
 
 def too_many_bad(skipped, n):
@@ -211,15 +236,21 @@ class LPIPS(nn.Module):
         self.scaling, self.net, self.heads = model.scaling_layer, model.net, nn.ModuleList(h.model[-1] for h in model.lins)
         self.requires_grad_(False).eval()
 
-    def features(self, x):
-        """Unit vectors [B,C,h,w] of each layer. The root's argument stays above 0: its slope there is infinite, and 0 times it NaN."""
-        return [f / (f.square().sum(1, keepdim=True).clamp_min(1e-20).sqrt() + 1e-10) for f in (f.float() for f in self.net(self.scaling(x)))]
-
     def forward(self, x, y):
         with torch.no_grad():
-            fy = self.features(y)
-        # A head is a 1x1 convolution to one channel; as a product it stays in fp32 under autocast.
-        return sum(((a - b).square() * head.weight[0]).sum(1).mean((1, 2)) for head, a, b in zip(self.heads, self.features(x), fy))
+            targets = self.net(self.scaling(y))
+        features = self.net(self.scaling(x))
+        with torch.autocast(x.device.type, enabled=False):       # the distances are in fp32
+            return sum(self.distance(f, target, head.weight.flatten()) for f, target, head in zip(features, targets, self.heads))
+
+    @staticmethod
+    def distance(x, y, head):
+        """Mean over h and w of sum_c head[c] (x / |x| - y / |y|)^2: features [B,C,h,w] of one layer, head [C] -> [B], fp32.
+
+        Nothing but the difference is kept in fp32, and the sum over the channels is one matrix product.
+        """
+        x, y = (f * (1 / (torch.linalg.vector_norm(f, dim=1, keepdim=True, dtype=torch.float32) + 1e-10)) for f in (x, y))
+        return ((x - y).square().permute(0, 2, 3, 1) @ head).mean((1, 2))
 
     def train(self, mode=True):
         return super().train(False)          # frozen stays in eval

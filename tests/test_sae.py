@@ -225,6 +225,24 @@ def test_the_papers_decoder_has_its_five_widths():
     assert sorted(set(widths), reverse=True) == [1280, 1024, 512, 256, 128] and model.decoder(torch.zeros(1, 1280, 2, 2, device="meta")).shape[2] == 32
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(3, 8, 19, 18), (1, 8, 1, 256), (2, 8, 31, 33), (1, 8, 5, 3)])
+def test_upsampling_equals_nearest_and_a_3x3_convolution(shape, layout):
+    torch.manual_seed(0)
+    up = sae.Upsample(8).double().to(memory_format=layout)
+    oracle = torch.nn.Sequential(torch.nn.Upsample(scale_factor=2, mode="nearest"), copy.deepcopy(up.conv))
+    x = torch.randn(shape, dtype=torch.float64).to(memory_format=layout)
+    dy = torch.randn(shape[0], 8, 2 * shape[2], 2 * shape[3], dtype=torch.float64)
+    results = []
+    for module in up, oracle:
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        results.append([y, *torch.autograd.grad(y, [leaf, *module.parameters()], dy)])
+    assert results[0][0].is_contiguous(memory_format=layout)
+    for ours, theirs in zip(*results, strict=True):
+        assert relative(ours, theirs) <= 1e-13
+
+
 def test_kl_equals_torch_distributions(tiny):
     q = tiny.encode(images(3, *SQUARE)[0])
     normal = torch.distributions.Normal

@@ -5,11 +5,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import sae
 import train
@@ -371,6 +372,26 @@ def test_an_image_with_an_exif_rotation_loads_upright(tmp_path):
     assert train.load_image(tmp_path / "x.jpg").size == (40, 80)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("photo", ["china.jpg", "flower.jpg"])
+def test_crops_of_a_reduced_decode_equal_those_of_the_full_one_resized_by_pillow(photo, orientation, tmp_path):
+    datasets, path, exif = pytest.importorskip("sklearn.datasets"), tmp_path / "x.jpg", Image.Exif()
+    exif[0x0112] = orientation
+    for sides in (640, 416), (640, 427), (637, 421):
+        Image.fromarray(datasets.load_sample_image(photo)).crop((0, 0, *sides)).save(path, quality=95, exif=exif)
+        full = train.load_image(path)
+        for size in 24, 48, 100, 300:
+            whole = np.random.default_rng(0)
+            ours = train.TrainingImages(SimpleNamespace(files=[path]), size, 0).crop(path, np.random.default_rng(0))
+            small = train.resize_short_side(full, size)
+            left, top = whole.integers(small.width - size + 1), whole.integers(small.height - size + 1)
+            small = small.crop((left, top, left + size, top + size))
+            oracle = torch.from_numpy(np.array(ImageOps.mirror(small) if whole.random() < 0.5 else small))
+            reduced, turned = min(train.load_reduced(path, 2 * size)[0].size) < min(full.size), orientation > 1
+            assert reduced == (size <= 100 and not (turned and sides[0] % 8 + sides[1] % 8))
+            assert train.psnr(ours[None], oracle[None]).item() >= (44 if reduced else 60)
+
+
 def test_split_takes_every_other_file_of_each_class(world):
     every, even, odd = (train.ImageFolder(world / "images", s) for s in ("all", "even", "odd"))
     assert sorted(even.files + odd.files) == every.files and not set(even.files) & set(odd.files)
@@ -441,3 +462,10 @@ def test_the_command_line_prints_the_sentence_and_fails(world):
     done = subprocess.run([sys.executable, ROOT / "train.py", "--stage", "1", "--data", "nowhere", "--encoder", world / "encoder.safetensors"],
                           capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == "train.py: there is no image folder nowhere: name one with --data"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["bench_train.py", "--quick", "--rounds", "1", "--steps", "2"], ["bench_data.py", "--rounds", "1", "--files", "1"]])
+def test_the_benchmarks_run(words):
+    done = subprocess.run([sys.executable, ROOT / "tests" / words[0], *words[1:]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
