@@ -632,7 +632,7 @@ def tensorboard(out, step):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:
-        raise ValueError("--tensorboard needs the package: pip install tensorboard") from e
+        raise ValueError("--tensorboard needs the package: pip install --no-build-isolation -e '.[plot]'") from e
     return SummaryWriter(out, purge_step=step + 1)
 
 
@@ -763,13 +763,15 @@ def main(args, rank, world, store, note):
             # Lines after the checkpoint belong to steps that will be done again; a kill can have cut the last one short.
             lines = metrics.read_text().splitlines() if metrics.exists() else []
             lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            metrics.write_text("".join(line + "\n" for line in lines))
+            tmp = out / "metrics.jsonl.tmp"
+            tmp.write_text("".join(line + "\n" for line in lines))
+            os.replace(tmp, metrics)
             board = tensorboard(out, step) if args.tensorboard else None
 
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     images = TrainingImages(folder, args.size, args.seed)
     latents_per_image = sae.config.z_dim * (args.size // sae.config.f) ** 2
-    bad_files, row, saved_at, since, seen = set(), 0, step, time.time(), 0
+    bad_files, in_a_row, saved_at, since, seen = set(), 0, step, time.time(), 0
     parts = batches(images, range(step * args.accumulate, args.steps * args.accumulate), args.batch, rank, world, args.workers)
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0, desc=f"stage {args.stage}", dynamic_ncols=True)
     while step < args.steps:
@@ -848,9 +850,9 @@ def main(args, rank, world, store, note):
             if len(bad_files) * 100 > len(folder):
                 raise ValueError(too_many_bad(bad_files, len(folder)))
         if broken:
-            skips, row = skips + 1, row + 1
+            skips, in_a_row = skips + 1, in_a_row + 1
         else:
-            row = 0
+            in_a_row = 0
             opt.step()
             with torch.no_grad():
                 # EMA: e <- decay e + (1 - decay) p
@@ -873,12 +875,12 @@ def main(args, rank, world, store, note):
                     f.write(json.dumps({"step": step, **values}) + "\n")
                 bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if v is not None and k != "lr"})
             for name, value in values.items() if board else ():
-                board.add_scalar(name, value or float("nan"), step)
+                board.add_scalar(name, float("nan") if value is None else value, step)
         if show and rank == 0:
             with writing(out):
                 save_grid(out / f"grid-{step:07d}.png", x[:8], xhat[:8].detach())
-        if row >= args.max_skips:
-            raise ValueError(f"the loss or a gradient was NaN or infinite in the last {row} steps, up to step {step}, and they were skipped: go on from "
+        if in_a_row >= args.max_skips:
+            raise ValueError(f"the loss or a gradient was NaN or infinite in the last {in_a_row} steps, up to step {step}, and they were skipped: go on from "
                              f"{out}/last.pt ({f'step {saved_at}' if saved_at else 'none yet'}) with --resume and a lower --lr, or --precision fp32")
         if step == args.steps:
             swap(trained.values(), averaged.values())
@@ -893,6 +895,8 @@ def main(args, rank, world, store, note):
         if signum and step < args.steps:
             break
     bar.close()
+    if board:
+        board.close()
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:

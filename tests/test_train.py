@@ -285,6 +285,39 @@ def test_a_dry_run_counts_parameters_and_writes_nothing(world, tmp_path, capsys)
     assert not (tmp_path / "dry").exists()
 
 
+# ------------------------------------------------------------------ what is seen
+
+def test_plot_draws_every_column_of_every_run(world, stage1, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    runs = [tmp_path / name for name in "ab"]
+    for run_folder in runs:
+        shutil.copytree(world / "stage1", run_folder)
+    with open(runs[1] / "metrics.jsonl", "a") as f:
+        f.write('{"step": 5, "l1": null, "lpips": 0.5}\n{"step": 6, "l1')       # a skipped step, and the line that is being written
+    train.launch(["--plot", *map(str, runs)])
+    assert f"wrote {tmp_path}/curves.png" in capsys.readouterr().out
+    with Image.open(tmp_path / "curves.png") as im:
+        im.load()
+        assert im.width >= 1000 and len(np.unique(np.asarray(im.convert("RGB")).reshape(-1, 3), axis=0)) > 10
+    with pytest.raises(SystemExit):
+        train.launch(["--plot", str(tmp_path)])
+    assert f"there is no {tmp_path}/metrics.jsonl" in capsys.readouterr().err
+
+
+def test_tensorboard_shows_the_metrics_of_a_resumed_run_once(world, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(world, tmp_path / "r", steps=3, save_every=2, tensorboard=True)
+    (tmp_path / "r" / "last.pt").unlink()                       # back to step 2
+    run(world, tmp_path / "r", steps=4, save_every=2, tensorboard=True, resume=True)
+    board = accumulator.EventAccumulator(str(tmp_path / "r"))
+    board.Reload()
+    logged = metrics(tmp_path / "r")
+    for name in logged[-1].keys() - {"step"}:
+        points = [(m["step"], m[name]) for m in logged if name in m]
+        assert [e.step for e in board.Scalars(name)] == [step for step, _ in points], name
+        assert [e.value for e in board.Scalars(name)] == pytest.approx([value for _, value in points], rel=1e-6)
+
+
 # ------------------------------------------------------------------ losses
 
 def test_lpips_equals_the_lpips_package(tmp_path):
@@ -431,6 +464,9 @@ REFUSED = [
     ({"stage": 2, "encoder": "{tmp}/wide.safetensors"}, "trained on another encoder than .*wide"),
     ({"stage": 2, "f": 32}, "has f 16, not 32"),
     ({"stage": 2, "z_dim": 16}, "has z_dim 8, not 16"),
+    ({"shard": True}, "--shard splits the weights over the ranks, and there is one"),
+    ({"adaptive": True, "accumulate": 2}, "--adaptive needs the whole gradient"),
+    ({"accumulate": 0}, "--accumulate 0 is not positive"),
 ]
 
 
@@ -456,6 +492,17 @@ def test_more_ranks_than_images_are_refused(world, tmp_path):
 def test_a_finished_run_is_not_overwritten(world, stage1):
     with pytest.raises(ValueError, match="holds a run already: continue it with --resume"):
         run(world, world / "stage1")
+
+
+def test_a_resume_with_another_config_says_what_differs(world, stage1, tmp_path, capsys):
+    shutil.copytree(world / "stage1", tmp_path / "r")
+    for change, words in [({"z_dim": 16}, r"another stage or architecture: z_dim 16 \(there 8\)$"), ({"batch": 3}, "4 images a step, not 3 x 1 x 1: change")]:
+        with pytest.raises(ValueError, match=words):
+            run(world, tmp_path / "r", resume=True, **change)
+    with pytest.raises(ValueError, match=r"stage 2 \(there 1\)"):
+        run(world, tmp_path / "r", stage=2, resume=True)
+    run(world, tmp_path / "r", resume=True, steps=5, lr=1e-4)
+    assert "resuming at step 4, with steps 5 (was 4), lr 0.0001 (was 0.001)" in capsys.readouterr().out.replace(f"out {tmp_path}/r (was {world}/stage1), ", "")
 
 
 def test_the_command_line_prints_the_sentence_and_fails(world):
