@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import runpy
@@ -43,7 +42,7 @@ from torchvision.models.inception import (
 from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
 from tqdm import tqdm
 
-from sae import SAE, Posterior, load_safetensors, save_safetensors
+from sae import SAE, Posterior, load_safetensors, load_tensors, save_safetensors
 from train import LPIPS, ImageFolder, center_crop, load_image, psnr, to_float, to_uint8
 
 
@@ -293,11 +292,7 @@ class FIDInception(nn.Module):
         mend = "./weights.sh --only inception fetches it, --skip fid goes without"
         if not path.is_file():
             raise ValueError(f"there is no FID Inception {path}: {mend}")
-        try:
-            file = load_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} is not a weights file of torch, or a damaged one: {mend}") from error
-        found = {key.replace("branch_pool", "tf_pool"): t for key, t in file.items()}
+        found = {key.replace("branch_pool", "tf_pool"): t for key, t in load_tensors(path).items()}
         wanted = self.net.state_dict()
         wrong = [key for key, t in wanted.items() if t.dim() and (key not in found or found[key].shape != t.shape)]
         # torchvision's own Inception has the same names and other weights: its 1000 classes give it away.
