@@ -161,20 +161,49 @@ def test_the_linear_probe_is_within_a_point_of_sklearns_logistic_regression():
     (x, y), (xt, yt) = digits()
     theirs = 100 * LogisticRegression(max_iter=5000).fit(x, y).score(xt, yt)
     torch.manual_seed(0)
-    heads = E.Heads({"pixels": slice(0, 64)}, 10)
-    E.train_heads(heads, lambda start: ((x[[i for i, _ in b]], y[[i for i, _ in b]]) for b in E.draws(len(x), 512, 2000, start)), 512, 2000)
-    (train, _), (test, _) = E.score_heads(heads, [(x, y)])["pixels"], E.score_heads(heads, [(xt, yt)])["pixels"]
-    assert abs(test[train.argmax()].item() - theirs) < 1
+    kinds = {"pixels": slice(0, 64)}
+    heads = E.Heads(kinds, 10)
+    batches = [[i for i, _ in E.draws(step, len(x), 512)] for step in range(2000)]
+    E.train_heads(heads, lambda start: ((x[b], y[b]) for b in batches[start:]), 512, 2000)
+    train, test = (E.tally(heads, [s], kinds, len(E.RATES), "cpu")["pixels"] for s in ((x, y), (xt, yt)))
+    assert abs(test[0][E.choose(*train, len(x))].item() - theirs) < 1
+
+
+def test_each_learning_rate_trains_its_head_as_sgd_would_alone():
+    """torch.optim.SGD on one nn.Linear a rate: the rates as factors of the losses of one optimizer change nothing."""
+    (x, y), _ = digits()
+    x = x / x.std()
+    heads, steps = E.Heads({"pixels": slice(0, 64)}, 10), 20
+    alone = [torch.nn.Linear(64, 10) for _ in E.RATES]
+    for linear, weight in zip(alone, heads.linear[0].weight.detach().split(10)):
+        linear.load_state_dict({"weight": weight, "bias": torch.zeros(10)})
+    E.train_heads(heads, lambda start: ((x[i::steps], y[i::steps]) for i in range(start, steps)), 45, steps)
+    for linear, rate, weight in zip(alone, E.RATES, heads.linear[0].weight.detach().split(10)):
+        optimizer = torch.optim.SGD(linear.parameters(), lr=rate * 45 / 256, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for i in range(steps):
+            loss = torch.nn.functional.cross_entropy(linear(x[i::steps]), y[i::steps], reduction="sum") / 45
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        assert torch.allclose(weight, linear.weight, rtol=1e-4, atol=1e-6), rate
+
+
+def test_the_rate_is_chosen_by_the_loss_where_accuracies_cannot_be_told_apart():
+    """The standard error of 90 % is 3 points for 100 images and 0.09 for 100 000 (binomial)."""
+    right, loss = torch.tensor([90.0, 89.0, 80.0]), torch.tensor([0.5, 0.4, 0.1])
+    assert E.choose(right, loss, 100) == 1 and E.choose(right, loss, 100_000) == 0
 
 
 def test_knn_equals_sklearns_weighted_neighbours():
     (x, y), (xt, yt) = digits()
-    ours = E.knn_accuracy(x, y, [(xt[:300], yt[:300]), (xt[300:], yt[300:])], {"all": slice(0, 64), "half": slice(0, 32)}, 10)
-    for kind, columns in (("all", slice(0, 64)), ("half", slice(0, 32))):
-        for k in (10, 20):
+    kinds = {"all": slice(0, 64), "half": slice(0, 32)}
+    ours = E.tally(E.neighbours(x, y, kinds, 10), [(xt[:300], yt[:300]), (xt[300:], yt[300:])], kinds, 2, "cpu")
+    for kind, columns in kinds.items():
+        for k, right in zip((10, 20), ours[kind][0].tolist()):
             theirs = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)).fit(x[:, columns], y)
-            assert ours[kind][k] == pytest.approx(100 * theirs.score(xt[:, columns], yt), abs=0.12)    # one image: ties
-    assert set(ours) == {"all", "half"}
+            assert right == pytest.approx(100 * theirs.score(xt[:, columns], yt), abs=0.12)    # one image: ties
 
 
 @pytest.mark.parametrize("kind", ["full", "cached", "knn"])
@@ -466,7 +495,7 @@ def test_images_of_every_kind_are_scored(checkpoint, tmp_path):
     rgb.save(root / "animated.webp", save_all=True, append_images=[Image.new("RGB", rgb.size)])
     Image.new("RGB", (1, 1), (200, 30, 30)).save(root / "tiny.png")
     assert run(checkpoint, "--data", root, "--skip", "fid,lpips,probe", "--out", tmp_path / "a.json", *FAST)["images"] == 10
-    crops = {Path(f).stem: c for f, (c, _) in zip(ImageFolder(root).files, [E.Crops(ImageFolder(root), 32)[i] for i in range(10)])}
+    crops = {Path(f).stem: c for f, (_, c, _) in zip(ImageFolder(root).files, E.Crops(32, ImageFolder(root)))}
     assert all(c.shape == (32, 32, 3) and c.dtype == torch.uint8 for c in crops.values())
     assert crops["sixteen"].float().std() > 30                                           # scaled, not clipped to white
     upright = np.array(center_crop(Image.open(root / "turned.jpg").rotate(-90, expand=True), 32))
