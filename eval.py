@@ -14,13 +14,11 @@ network and resize differ. Here both the image and its reconstruction are rounde
 rest of the protocol stands beside the code that follows it and in the JSON.
 """
 import argparse
+import functools
 import hashlib
-import importlib.util
-import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import runpy
@@ -37,17 +35,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
-from torchvision.models.inception import (
-    BasicConv2d, Inception3, InceptionA, InceptionAux, InceptionB, InceptionC, InceptionD, InceptionE)
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.models.inception import BasicConv2d, inception_v3
 from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
 from tqdm import tqdm
 
-from sae import SAE, Posterior, load_safetensors, save_safetensors
-from train import LPIPS, ImageFolder, center_crop, load_image, psnr, to_float, to_uint8
+from sae import SAE, Posterior, load_safetensors, load_tensors, save_safetensors, torch_load
+from train import LPIPS, ImageFolder, center_crop, load_image, psnr, save_grid, to_float, to_uint8
 
 
-# ------------------------------------------------------------------ ranks and images
+# ------------------------------------------------------------------ ranks, images, files
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -55,6 +52,11 @@ def rank():
 
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def all_reduce(t):
@@ -65,9 +67,10 @@ def all_reduce(t):
 
 
 class Crops(Dataset):
-    """Item i: (uint8 [S,S,3], label) of file i, ADM's centre crop. Item (i, seed): the probe's random resized crop and flip."""
-    def __init__(self, folder, size):
-        self.files, self.labels, self.size = folder.files, folder.labels, size
+    """Item i: (i, uint8 [S,S,3], label) of file i, ADM's centre crop. Item (i, seed): the probe's random resized crop and flip."""
+
+    def __init__(self, size, *folders):
+        self.size, self.files, self.labels = size, sum((f.files for f in folders), []), sum((f.labels for f in folders), [])
 
     def __len__(self):
         return len(self.files)
@@ -84,36 +87,45 @@ class Crops(Dataset):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)         # the crop depends on the draw alone: not on workers, ranks or a resume
                 image = RandomHorizontalFlip()(RandomResizedCrop(self.size)(image))
-        return torch.from_numpy(np.array(image)), self.labels[i]
+        return i, torch.from_numpy(np.array(image)), self.labels[i]
 
 
 def collate(items):
     return next((x for x in items if isinstance(x, ValueError)), None) or default_collate(items)
 
 
-def shares(n, batch):
-    """This rank's batches of 0 .. n-1: every world-th run of `batch` consecutive indices.
+def shares(index, batch):
+    """This rank's batches of `index`: every world-th run of `batch` consecutive ones.
 
     No index is missed or counted twice, and a batch is the same on whichever rank it falls: sums do not depend on the ranks.
     """
-    return [range(i, min(i + batch, n)) for i in range(0, n, batch)][rank()::world()]
+    return [index[i:i + batch] for i in range(0, len(index), batch)][rank()::world()]
 
 
-def batches(data, indices, total, args, desc):
-    """(images [B,...], labels [B]) for each list in `indices`, `total` images in all; progress on rank 0."""
-    loader = DataLoader(data, batch_sampler=indices, num_workers=args.workers, collate_fn=collate,
-                        pin_memory=torch.cuda.is_available())
-    with tqdm(total=total, desc=desc, unit="img", disable=rank() != 0) as bar:
-        for batch in loader:
-            if isinstance(batch, ValueError):
-                raise batch
-            yield batch
-            bar.update(len(batch[1]))
+def batches(crops, steps, args, desc, count=None):
+    """(index [B], images [B,S,S,3], labels [B]) for each of the `count` batches of items in `steps`; progress on rank 0."""
+    loader = DataLoader(crops, batch_sampler=steps, num_workers=args.workers, collate_fn=collate, pin_memory=torch.cuda.is_available())
+    for batch in tqdm(loader, desc, count or len(steps), unit="batch", disable=rank() != 0):
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
 
 
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
+def digest(*values):
+    """A short name for what `values` describe."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+
+
+def slug(text):
+    """`text` as the name of a file."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.")
+
+
+def write(path, save):
+    """save(temporary path), then rename: a file appears whole or not at all."""
+    part = path.with_name(path.name + ".tmp")
+    save(part)
+    os.replace(part, path)
 
 
 # ------------------------------------------------------------------ autoencoders
@@ -122,12 +134,13 @@ class Autoencoder:
     """Any model behind the few methods that the metrics use.
 
     encode: x [B,3,S,S] in [-1,1] -> z [B,C,...], or a Posterior of it; decode: z -> xhat [B,3,S,S], about [-1,1].
-    digest: SHA-256 of the weights, None for an object that is no torch module. width, kinds, channels: D of `features`,
-    {kind: its columns}, C. Raises ValueError for weights that are not finite and for tensors of the wrong shape.
+    digest: SHA-256 of the weights, None for an object that is no torch module. shape, posterior: of z, [C,...], and whether it is
+    drawn from one. width, kinds: D of `features` and {kind: its columns}.
+    Raises ValueError for weights that are not finite and for tensors of the wrong shape.
     """
 
-    def __init__(self, name, model, encode, decode, size, device, sample=False):
-        self.name, self.model, self.encode, self.decode, self.device, self.sample = name, model, encode, decode, device, sample
+    def __init__(self, name, model, encode, decode, args, device):
+        self.name, self.model, self.encode, self.decode, self.sample, self.device = name, model, encode, decode, args.sample, device
         self.digest = None
         if isinstance(model, nn.Module):
             model.to(device).eval().requires_grad_(False)
@@ -138,10 +151,10 @@ class Autoencoder:
                 weights.update(key.encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
             self.digest = weights.hexdigest()
         with torch.no_grad():                   # a grey image shows what does not fit before the long pass does
-            grey = torch.zeros(1, 3, size, size, device=device)
-            z, _ = self.latent(grey)
+            grey = torch.zeros(1, 3, args.size, args.size, device=device)
+            z, kl = self.latent(grey)
             features, self.kinds = self.features(grey)
-            self.width, self.channels = features.shape[1], z.shape[1]
+            self.width, self.shape, self.posterior = features.shape[1], list(z.shape[1:]), kl is not None
             back = decode(z)
         if not torch.is_tensor(back) or back.shape != grey.shape:
             raise ValueError(f"{name} gives {shape_of(back)} back for {shape_of(grey)}: pass the --size that it was made for")
@@ -175,26 +188,28 @@ def shape_of(x):
     return list(x.shape) if torch.is_tensor(x) else f"a {type(x).__name__}"
 
 
-def load_model(spec, size, device, sample=False):
+def load_model(spec, args, device):
     """The autoencoder that `spec` names; see the top of this file. Raises ValueError, one sentence."""
     file, _, factory = spec.rpartition(":")
     if spec.startswith("diffusers:"):
-        return load_diffusers(spec, size, device, sample)
-    if not file.endswith(".py"):
-        sae = SAE.from_pretrained(spec)
-        return Autoencoder(spec, sae, sae.encode, sae.decode, size, device, sample)
-    if not Path(file).is_file():
-        raise ValueError(f"there is no file {file} to take {factory} from")
-    sys.path.insert(0, str(Path(file).parent))                                           # so that it finds its own neighbours
-    names = runpy.run_path(file)
-    model = names[factory]() if factory in names else None
-    if not (callable(getattr(model, "encode", None)) and callable(getattr(model, "decode", None))):
-        raise ValueError(f"{file} needs a function {factory}() that gives an object with encode(x) -> z and decode(z) -> xhat")
-    return Autoencoder(spec, model, model.encode, model.decode, size, device, sample)
+        model, encode, decode = load_diffusers(spec)
+    elif file.endswith(".py"):
+        if not Path(file).is_file():
+            raise ValueError(f"there is no file {file} to take {factory} from")
+        sys.path.insert(0, str(Path(file).parent))                                       # so that it finds its own neighbours
+        names = runpy.run_path(file)
+        model = names[factory]() if factory in names else None
+        encode, decode = (getattr(model, name, None) for name in ("encode", "decode"))
+        if not (callable(encode) and callable(decode)):
+            raise ValueError(f"{file} needs a function {factory}() that gives an object with encode(x) -> z and decode(z) -> xhat")
+    else:
+        model = SAE.from_pretrained(spec)
+        encode, decode = model.encode, model.decode
+    return Autoencoder(spec, model, encode, decode, args, device)
 
 
-def load_diffusers(spec, size, device, sample):
-    """SD-VAE and its like (AutoencoderKL), DC-AE (AutoencoderDC) or R-AE (AutoencoderRAE), by a hub name or from a folder."""
+def load_diffusers(spec):
+    """(model, encode, decode): SD-VAE and its like (AutoencoderKL), DC-AE or R-AE, by a hub name or from a folder."""
     try:
         import diffusers
         model = diffusers.AutoModel.from_pretrained(spec.removeprefix("diffusers:"))
@@ -203,17 +218,13 @@ def load_diffusers(spec, size, device, sample):
     except (OSError, ValueError) as error:
         raise ValueError(f"diffusers cannot load {spec}: {' '.join(str(error).split())}") from error
 
-    def kl_encode(x):
-        q = model.encode(x).latent_dist
-        return Posterior(q.mean, q.logvar)
-
-    ways = {"AutoencoderKL": (kl_encode, lambda z: model.decode(z).sample),
+    ways = {"AutoencoderKL": (lambda x: Posterior(*model.encode(x).latent_dist.parameters.chunk(2, 1)), lambda z: model.decode(z).sample),
             "AutoencoderDC": (lambda x: model.encode(x).latent, lambda z: model.decode(z).sample),
             # R-AE's images are in [0,1]
             "AutoencoderRAE": (lambda x: model.encode((x + 1) / 2).latent, lambda z: model.decode(z).sample * 2 - 1)}
     if type(model).__name__ not in ways:
         raise ValueError(f"{spec} is a {type(model).__name__}: {', '.join(ways)} are scored by name, others by FILE.py:FACTORY")
-    return Autoencoder(spec, model, *ways[type(model).__name__], size, device, sample)
+    return model, *ways[type(model).__name__]
 
 
 # ------------------------------------------------------------------ SSIM
@@ -252,19 +263,11 @@ def tf1_resize(x, size=299):
     return x
 
 
-class TFPool:
-    """Before one of torchvision's Inception blocks: the pool branch as TensorFlow's graph of 2015 has it."""
-
-    def __init__(self, *args, pool=lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), **kwargs):
-        super().__init__(*args, **kwargs)
-        self.pool, self.tf_pool, self.branch_pool = pool, self.branch_pool, nn.Identity()
-
-    def _forward(self, x):
-        *branches, _ = super()._forward(x)
-        return [*branches, self.tf_pool(self.pool(x))]
-
-
-PoolA, PoolC, PoolE = (type(f"Pool{block.__name__[-1]}", (TFPool, block), {}) for block in (InceptionA, InceptionC, InceptionE))
+def feed_pool_branch(block, pool):
+    """Let the pool branch of one of torchvision's Inception blocks take pool(input of the block) instead of its own pooling."""
+    inputs = []
+    block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    block.branch_pool.register_forward_pre_hook(lambda *_: pool(inputs.pop()))
 
 
 class FIDInception(nn.Module):
@@ -276,37 +279,32 @@ class FIDInception(nn.Module):
 
     def __init__(self, path, dims=2048, resize="tf1"):
         super().__init__()
-        self.dims, self.resize = dims, resize
-        blocks = [BasicConv2d, PoolA, InceptionB, PoolC, InceptionD, PoolE, InceptionAux]
-        whole = Inception3(1008, aux_logits=False, init_weights=False, inception_blocks=blocks)
-        whole.Mixed_7c.pool = lambda x: F.max_pool2d(x, 3, 1, 1)                         # a slip of 2015 that every FID has kept
-        layers = dict(whole.named_children())
-        last = list(layers).index({64: "maxpool1", 192: "maxpool2", 768: "Mixed_6e", 2048: "Mixed_7c"}[dims])
-        self.net = nn.Sequential(OrderedDict(list(layers.items())[:last + 1]))
-        self.load(Path(path))
-        for m in self.net.modules():
-            if isinstance(m, BasicConv2d):      # batch norm goes into the convolution: a third less memory traffic
-                m.conv, m.bn = nn.utils.fusion.fuse_conv_bn_eval(m.conv.eval(), m.bn.eval()), nn.Identity()
-        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-
-    def load(self, path):
         mend = "./weights.sh --only inception fetches it, --skip fid goes without"
-        if not path.is_file():
+        if not Path(path).is_file():
             raise ValueError(f"there is no FID Inception {path}: {mend}")
-        try:
-            file = load_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} is not a weights file of torch, or a damaged one: {mend}") from error
-        found = {key.replace("branch_pool", "tf_pool"): t for key, t in file.items()}
-        wanted = self.net.state_dict()
+        last = {64: "maxpool1", 192: "maxpool2", 768: "Mixed_6e", 2048: "Mixed_7c"}[dims]
+        layers = OrderedDict(inception_v3(num_classes=1008, aux_logits=False, init_weights=False).named_children())
+        while next(reversed(layers)) != last:
+            layers.popitem()
+        self.net, self.resize = nn.Sequential(layers), resize
+        found, wanted = load_tensors(path), self.net.state_dict()
         wrong = [key for key, t in wanted.items() if t.dim() and (key not in found or found[key].shape != t.shape)]
         # torchvision's own Inception has the same names and other weights: its 1000 classes give it away.
         classes = len(found["fc.weight"]) if "fc.weight" in found else 1008
         if wrong or classes != 1008:
-            what = f"no {wrong[0].replace('tf_pool', 'branch_pool')} of its shape" if wrong else f"{classes} classes, not 1008"
-            raise ValueError(f"{path} is not the FID Inception for {self.dims} features ({what}): {mend}")
+            what = f"no {wrong[0]} of its shape" if wrong else f"{classes} classes, not 1008"
+            raise ValueError(f"{path} is not the FID Inception for {dims} features ({what}): {mend}")
         # the counters of batches, which older files lack, keep their zero
         self.net.load_state_dict({key: found.get(key, t) for key, t in wanted.items()})
+        for m in self.net.modules():
+            if isinstance(m, BasicConv2d):      # batch norm goes into the convolution: a third less memory traffic
+                m.conv, m.bn = nn.utils.fusion.fuse_conv_bn_eval(m.conv.eval(), m.bn.eval()), nn.Identity()
+        # TensorFlow's mean leaves the padding out; the maximum of the last block is a slip of 2015 that every FID has kept.
+        mean, maximum = nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 1, 1)
+        for name, block in layers.items():
+            if hasattr(block, "branch_pool"):
+                feed_pool_branch(block, maximum if name == "Mixed_7c" else mean)
+        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, x):
         x = x.float()
@@ -321,9 +319,8 @@ class Moments:
     """Mean and covariance of rows [n,D] that come in batches: n, sum x and sum x x^T in float64, so ranks just add."""
 
     def __init__(self, dims, device):
-        self.n = torch.zeros((), dtype=torch.float64, device=device)
-        self.sum = torch.zeros(dims, dtype=torch.float64, device=device)
-        self.outer = torch.zeros(dims, dims, dtype=torch.float64, device=device)
+        zeros = functools.partial(torch.zeros, dtype=torch.float64, device=device)
+        self.n, self.sum, self.outer = zeros(()), zeros(dims), zeros(dims, dims)
 
     def update(self, x):
         x = x.double()
@@ -350,64 +347,74 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     return float(np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * cross)
 
 
-# ------------------------------------------------------------------ linear probe
+# ------------------------------------------------------------------ probe
 
 # DINOv3's grid; the rates are for a batch of 256 and grow with it.
 RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]
 PROBE_BATCH = 1024
 SAVE_EVERY = 500                                # iterations of the full probe
-HOLD = 10                                       # every tenth training image chooses the learning rate, and is not trained on
+HOLD = 3                                        # every third training image has a say in the choice of the learning rate
+NEIGHBOURS = (10, 20)                           # k of k-NN
 
 
 class Heads(nn.Module):
-    """A linear classifier for each kind of feature and each learning rate: features [B,D] -> {kind: logits [R,B,classes]}."""
+    """Linear classifiers for each of K kinds of feature: features [B,D] -> logits [B,K,2 R,classes], R learning rates twice.
+
+    The first R choose the rate: they are not trained on the images held out, every HOLD-th. The others are, and are the result.
+    """
 
     def __init__(self, kinds, classes):
         super().__init__()
-        self.kinds = kinds
-        self.weight, self.bias = nn.ModuleDict(), nn.ModuleDict()
-        for kind, columns in kinds.items():
-            self.weight[kind] = nn.ParameterList(0.01 * torch.randn(classes, columns.stop - columns.start) for _ in RATES)
-            self.bias[kind] = nn.ParameterList(torch.zeros(classes) for _ in RATES)
+        self.kinds, self.rates = kinds, 2 * RATES
+        self.linear = nn.ModuleList(nn.Linear(c.stop - c.start, len(self.rates) * classes) for c in kinds.values())
+        for linear in self.linear:
+            nn.init.normal_(linear.weight, std=0.01)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, features):
-        logits = {}
-        for kind, columns in self.kinds.items():
-            # one product for all rates instead of thirteen; each keeps its own parameters, so the optimizer sees them apart
-            out = F.linear(features[:, columns], torch.cat(list(self.weight[kind])), torch.cat(list(self.bias[kind])))
-            logits[kind] = out.unflatten(1, (len(RATES), -1)).transpose(0, 1)            # [R,B,classes]
-        return logits
+        logits = [linear(features[:, columns]) for linear, columns in zip(self.linear, self.kinds.values())]
+        return torch.stack(logits, 1).unflatten(2, (len(self.rates), -1))                # [B,K,2 R,classes]
 
 
-def draws(n, batch, iterations, start=0):
-    """This rank's part of the batches start .. iterations-1 of endless permutations of 0 .. n-1: lists of (index, draw)."""
-    endless = itertools.chain.from_iterable(np.random.default_rng([0, epoch]).permutation(n) for epoch in itertools.count())
-    numbered = zip(endless, itertools.count())
-    for i in range(iterations):
-        drawn = list(itertools.islice(numbered, batch))
-        if i >= start:
-            yield drawn[rank()::world()]
+def cross_entropy(logits, labels):
+    """Of logits [B,K,ways,classes] for labels [B]: [B,K,ways]."""
+    labels = labels[:, None, None].expand(logits.shape[:3])
+    return F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
+
+
+def draws(i, n, batch):
+    """This rank's part of batch i of endless permutations of 0 .. n-1: a list of (index, number of the draw)."""
+    numbers = range(i * batch, (i + 1) * batch)[rank()::world()]
+    return [(permutation(n, number // n)[number % n], number) for number in numbers]
+
+
+@functools.lru_cache(2)
+def permutation(n, epoch):
+    return np.random.default_rng([0, epoch]).permutation(n)
 
 
 def train_heads(heads, stream, batch, iterations, state=None):
-    """Train the heads on stream(start) of (features [B,D], labels [B]): SGD 0.9, no weight decay, cosine, cross entropy.
-    `state`: a file to resume from and to save to."""
+    """Train the heads on stream(start) of (index [B], features [B,D], labels [B]): SGD 0.9, no weight decay, cosine, cross entropy.
+
+    `state`: a file to resume from and to save to.
+    """
     model = nn.parallel.DistributedDataParallel(heads) if dist.is_initialized() else heads
-    groups = [{"params": [p[i] for d in (heads.weight, heads.bias) for p in d.values()], "lr": rate * batch / 256}
-              for i, rate in enumerate(RATES)]
-    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=0)
+    # A step of SGD is linear in the gradient: a rate as the factor of a head's loss is its learning rate.
+    rates = torch.tensor(heads.rates, device=heads.linear[0].weight.device)
+    optimizer = torch.optim.SGD(heads.parameters(), lr=batch / 256, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     parts, start = {"heads": heads, "optimizer": optimizer, "schedule": schedule}, 0
     if state and state.exists():
-        saved = torch.load(state, map_location=next(heads.parameters()).device, weights_only=True)
+        saved = torch_load(state)
+        start = saved["iteration"]
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        start = saved["iteration"]
-    for i, (features, labels) in enumerate(stream(start), start + 1):
-        logits = model(features)
+    for i, (index, features, labels) in enumerate(stream(start), start + 1):
+        # the heads that choose the rate do not see the images held out, and weigh the others so much the more
+        seen = (index % HOLD != HOLD - 1).to(features) * HOLD / (HOLD - 1)
+        weight = torch.stack([seen, torch.ones_like(seen)], 1).repeat_interleave(len(RATES), 1)         # [B,2 R]
         # a sum over kinds and rates: each head sees its own cross entropy alone, a mean over the `batch` images of all ranks
-        losses = [F.cross_entropy(l.flatten(0, 1), labels.repeat(len(RATES)), reduction="sum") for l in logits.values()]
-        loss = sum(losses) * world() / batch
+        loss = (rates * weight[:, None] * cross_entropy(model(features), labels)).sum() * world() / batch
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -417,144 +424,158 @@ def train_heads(heads, stream, batch, iterations, state=None):
 
 
 @torch.no_grad()
-def score_heads(heads, stream):
-    """{kind: (% right [R], mean cross entropy [R]) of each rate's head} over all ranks' (features [B,D], labels [B])."""
-    sums = {kind: torch.zeros(3, len(RATES), dtype=torch.float64, device=next(heads.parameters()).device) for kind in heads.kinds}
-    for features, labels in stream:
-        for kind, logits in heads(features).items():
-            target = labels[:, None].expand(-1, len(RATES))
-            loss = F.cross_entropy(logits.permute(1, 2, 0), target, reduction="none")    # [B,R]
-            sums[kind] += torch.stack([(logits.argmax(-1) == labels).sum(1), loss.sum(0), torch.full_like(loss[0], len(labels))])
-    totals = {kind: all_reduce(t).cpu() for kind, t in sums.items()}
-    return {kind: (100 * right / n, loss / n) for kind, (right, loss, n) in totals.items()}
+def tally(predict, stream, kinds, ways, device):
+    """{kind: (% right, mean cross entropy) [ways]} of predict(features [B,D]) -> logits [B,K,ways,classes] over all ranks' stream."""
+    sums = torch.zeros(3, len(kinds), ways, dtype=torch.float64, device=device)
+    for _, features, labels in stream:
+        logits = predict(features)
+        right = (logits.argmax(-1) == labels[:, None, None]).double()                    # [B,K,ways]
+        sums += torch.stack([right, cross_entropy(logits, labels).double(), torch.ones_like(right)]).sum(1)
+    right, loss, n = all_reduce(sums).cpu()
+    return dict(zip(kinds, zip(100 * right / n, loss / n)))
 
 
-@torch.no_grad()
-def knn_accuracy(bank, bank_labels, stream, kinds, classes):
-    """{kind: {k: % right}}: votes of the k nearest by cosine, weighted exp(cosine / 0.07) (DINO's k-NN), k 10 and 20."""
-    banks = {kind: F.normalize(bank[:, columns], dim=1).T for kind, columns in kinds.items()}            # [D,n]
-    ks = {k: min(k, len(bank)) for k in (10, 20)}
-    sums = {kind: torch.zeros(1 + len(ks), dtype=torch.float64, device=bank.device) for kind in kinds}
-    for features, labels in stream:
-        for kind, columns in kinds.items():
-            cosine, index = (F.normalize(features[:, columns], dim=1) @ banks[kind]).topk(max(ks.values()))             # [B,20]
-            for i, k in enumerate(ks.values()):
-                votes = cosine.new_zeros(len(labels), classes)
-                votes.scatter_add_(1, bank_labels[index[:, :k]], (cosine[:, :k] / 0.07).exp())
-                sums[kind][i] += (votes.argmax(1) == labels).sum()
-            sums[kind][-1] += len(labels)
-    totals = {kind: all_reduce(t).tolist() for kind, t in sums.items()}
-    return {kind: {k: 100 * right / t[-1] for k, right in zip(ks, t)} for kind, t in totals.items()}
+def choose(right, loss, n):
+    """The number of the best head by % right [R] and cross entropy [R] on n images.
+
+    Accuracies within two standard errors are taken as equal, and the loss decides, which is far less noisy: of 100 images each
+    is a whole point. With a third of ImageNet two standard errors are 0.1 points.
+    """
+    best = right.max()
+    error = (best * (100 - best) / n).sqrt()
+    return min((i for i in range(len(right)) if right[i] >= best - 2 * error), key=lambda i: loss[i])
 
 
-def digest(*values):
-    """A short name for what `values` describe."""
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+def neighbours(bank, labels, kinds, classes):
+    """DINO's k-NN for `tally`: votes [B,K,2,classes] of the k nearest in bank [n,D] by cosine, each of exp(cosine / 0.07)."""
+    banks = [F.normalize(bank[:, columns].float(), dim=1).T for columns in kinds.values()]               # K x [D,n]
+
+    def votes(features):
+        found = features.new_zeros(len(features), len(kinds), len(NEIGHBOURS), classes)
+        for i, columns in enumerate(kinds.values()):
+            similar = F.normalize(features[:, columns], dim=1) @ banks[i]                                # [B,n]
+            cosine, index = similar.topk(min(max(NEIGHBOURS), len(bank)))
+            for j, k in enumerate(NEIGHBOURS):
+                found[:, i, j].scatter_add_(1, labels[index[:, :k]], (cosine[:, :k] / 0.07).exp())
+        return found
+    return votes
 
 
-def feature_file(model, sets, embed, args, folder):
-    """The features of all images of `sets`, one after the other: a memory-mapped fp16 tensor [n,D].
+def feature_file(model, crops, embed, args, folder):
+    """The features of all crops, a memory-mapped fp16 array [n,D].
 
     The file's name holds a hash of weights, images (path, size, time) and crop: it is reused when all agree, and an interrupted
     pass goes on where it stopped. Under torchrun every rank writes its own rows, so all must see the same folder.
     """
-    files = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for data in sets for path in data.files]
-    path = folder / f"features-{digest(model.digest, args.size, files)}.npy"
+    files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in crops.files]
+    path = folder / f"features-{digest(model.digest, crops.size, files)}.npy"
     part = path.with_suffix(".tmp")
-    if rank() == 0:
-        if model.digest is None:                # weights that cannot be seen may have changed
-            path.unlink(missing_ok=True)
-            part.unlink(missing_ok=True)
-        if not path.exists() and not part.exists():
-            np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=(len(files), model.width)).flush()
+    if rank() == 0 and model.digest is None:    # weights that cannot be seen may have changed
+        path.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+    if rank() == 0 and not path.exists() and not part.exists():
+        np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=(len(files), model.width)).flush()
     barrier()
     if not path.exists():
-        rows, first = np.lib.format.open_memmap(part, mode="r+"), 0
-        for data in sets:
-            # a row of zeros has not been written: no network gives one
-            todo = [s for s in shares(len(data), args.batch) if not rows[first + s.start:first + s.stop].any(1).all()]
-            for (x, _), s in zip(batches(data, todo, sum(map(len, todo)), args, "features"), todo):
-                half = embed(x).half()
-                if not half.isfinite().all():
-                    raise ValueError(f"the features of {model.name} do not fit fp16, NaN or beyond 65504: use --probe full")
-                rows[first + s.start:first + s.stop] = half.cpu().numpy()
-            first += len(data)
+        rows = np.lib.format.open_memmap(part, mode="r+")
+        # a row of zeros has not been written: no network gives one
+        todo = [s for s in shares(range(len(files)), args.batch) if not rows[s.start:s.stop].any(1).all()]
+        for index, x, _ in batches(crops, todo, args, "features"):
+            half = embed(x).half()
+            if not half.isfinite().all():
+                raise ValueError(f"the features of {model.name} do not fit fp16, NaN or beyond 65504: use --probe full")
+            rows[index] = half.cpu().numpy()
         rows.flush()
         barrier()
         if rank() == 0:
             os.replace(part, path)
         barrier()
-    return torch.from_numpy(np.load(path, mmap_mode="c"))                                # copy on write: the file stays as it is
+    return np.load(path, mmap_mode="c")        # copy on write: the file stays as it is
 
 
 def probe(model, train, test, args, folder):
     """{"probe": {kind: % of `test` right}, ...}: DINOv3's linear probe, or k-NN, on what is in front of the bottleneck.
 
     train, test: ImageFolders with the same classes. --probe full: 12 500 iterations of 1024 random crops; cached: the same
-    heads on one centre crop an image; knn. The learning rate is chosen on a tenth of *train* (DINOv3 chooses it on test).
+    heads on one centre crop an image; knn. The learning rate is chosen on a third of *train* (DINOv3 chooses it on test).
     """
     if train.classes != test.classes or len(train.classes) < 2:
         raise ValueError(f"the probe needs the same two or more class folders to train and to test on, not {len(train.classes)} "
                          f"and {len(test.classes)}: pass --train DIR or --split parity, or --skip probe")
-    device, n, classes = model.device, len(train), len(train.classes)
-    centre, test_data = Crops(train, args.size), Crops(test, args.size)
-    held, kept = np.arange(n)[HOLD - 1::HOLD], np.delete(np.arange(n), np.s_[HOLD - 1::HOLD])
+    crops, n, classes, device = Crops(args.size, train, test), len(train), len(train.classes), model.device
+    tests, held = np.arange(n, n + len(test)), np.arange(HOLD - 1, n, HOLD)
     if args.probe != "knn" and not len(held):
         raise ValueError(f"the linear probe needs {HOLD} training images or more, not {n}: use --probe knn")
 
     @torch.no_grad()
     def embed(x):
-        if x.dtype == torch.float16:            # a row of the feature file
-            return x.to(device).float()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             # the encoder sees --batch images at a time, whatever the probe's batch
             return torch.cat([model.features(to_float(part.to(device)))[0].float() for part in x.split(args.batch)])
 
-    def stream(data, indices, total, desc):
-        for x, labels in batches(data, indices, total, args, desc):
-            yield embed(x), labels.to(device)
+    labels = torch.tensor(crops.labels, device=device)
+    rows = None if args.probe == "full" else feature_file(model, crops, embed, args, folder)
 
-    def every(data, index, desc):
-        mine = [index[s.start:s.stop].tolist() for s in shares(len(index), args.batch)]
-        return stream(data, mine, sum(map(len, mine)), desc)
+    def stream(steps, desc, count=None):
+        """(index [B], features [B,D], labels [B]) of each of the `count` batches in `steps`."""
+        if rows is None:
+            for index, x, _ in batches(crops, steps, args, desc, count):
+                index = index.to(device)
+                yield index, embed(x), labels[index]
+        else:
+            for step in tqdm(steps, desc, count, unit="batch", disable=rank() != 0):
+                index = torch.as_tensor(step, device=device)
+                yield index, torch.from_numpy(rows[step]).to(device).float(), labels[index]
 
-    if args.probe != "full":
-        rows = feature_file(model, [centre, test_data], embed, args, folder)
-        centre = TensorDataset(rows[:n], torch.tensor(train.labels))
-        test_data = TensorDataset(rows[n:], torch.tensor(test.labels))
-    tests = every(test_data, np.arange(len(test)), "probe test")
+    def tally_over(index, predict, ways, desc):
+        return tally(predict, stream(shares(index, args.batch), desc), model.kinds, ways, device)
+
     if args.probe == "knn":
-        found = knn_accuracy(rows[:n].to(device).float(), torch.tensor(train.labels, device=device), tests, model.kinds, classes)
-        return {"probe": {kind: v[10] for kind, v in found.items()}, "probe_k20": {kind: v[20] for kind, v in found.items()}}
+        votes = neighbours(torch.from_numpy(rows[:n]).to(device), labels, model.kinds, classes)
+        found = tally_over(tests, votes, len(NEIGHBOURS), "probe test")
+        return {name: {kind: right[i].item() for kind, (right, _) in found.items()} for i, name in ((0, "probe"), (1, "probe_k20"))}
 
-    batch = min(PROBE_BATCH, len(kept))
+    batch = min(PROBE_BATCH, n)
 
     def training(start):
-        drawn = draws(len(kept), batch, args.probe_iterations, start)
-        indices = ([(kept[i], draw) if args.probe == "full" else kept[i] for i, draw in part] for part in drawn)
-        return stream(centre, indices, (args.probe_iterations - start) * batch // world(), "probe")
+        steps = (draws(i, n, batch) for i in range(start, args.probe_iterations))
+        if args.probe != "full":
+            steps = ([i for i, _ in step] for step in steps)                             # centre crops are not drawn
+        return stream(steps, "probe", args.probe_iterations - start)
 
     torch.manual_seed(0)
-    heads = Heads(model.kinds, classes).to(device)
-    state = None
+    heads, state = Heads(model.kinds, classes).to(device), None
     if args.probe == "full" and model.digest:
         state = folder / f"probe-{digest(model.digest, args.size, args.probe_iterations, batch, train.files)}.tmp"
     train_heads(heads, training, batch, args.probe_iterations, state)
-    chosen, scores = score_heads(heads, every(centre, held, "probe choice")), score_heads(heads, tests)
+    R, ways, result = len(RATES), len(heads.rates), {"probe": {}, "probe_rate": {}}
+    choice, final = tally_over(held, heads, ways, "probe choice"), tally_over(tests, heads, ways, "probe test")
     if state and rank() == 0:
         state.unlink(missing_ok=True)
-    # of equals, and a small held-out set has many, the one with the smaller loss
-    best = {kind: max(range(len(RATES)), key=lambda i: (right[i], -loss[i])) for kind, (right, loss) in chosen.items()}
-    return {"probe": {kind: float(scores[kind][0][i]) for kind, i in best.items()},
-            "probe_rate": {kind: RATES[i] for kind, i in best.items()}}
+    for kind, (right, loss) in choice.items():
+        i = choose(right[:R], loss[:R], len(held))
+        result["probe"][kind], result["probe_rate"][kind] = final[kind][0][R + i].item(), RATES[i]
+    return result
 
 
 # ------------------------------------------------------------------ scores
 
+def latent_sums(z):
+    """z [B,C,...] -> [2,C]: sums over the images of the means over the positions of z and of z^2."""
+    flat = z.transpose(0, 1).flatten(1).double()                                         # [C,B h w]
+    return torch.stack([flat.mean(1), flat.square().mean(1)]) * len(z)
+
+
+def latent_mean_std(sums, n):
+    """(mean [C], std [C]) from the ranks' `latent_sums` [2,C] of n images in all. Every rank must call it."""
+    mean, square = all_reduce(sums) / n
+    return mean, (square - mean.square()).clamp(min=0).sqrt()
+
+
 @torch.no_grad()
 def score(model, folder, lpips, inception, args):
-    """PSNR, SSIM, LPIPS, rFID and the latent's statistics over `folder`, in one pass; {} on all ranks but the first."""
-    device, data, began, seconds = model.device, Crops(folder, args.size), time.perf_counter(), defaultdict(float)
+    """PSNR, SSIM, LPIPS, rFID and the latent's statistics over `folder`, in one pass; rFID on the first rank alone."""
+    device, n, began, seconds = model.device, len(folder), time.perf_counter(), defaultdict(float)
 
     def timed(part, function, *inputs):
         start = time.perf_counter()
@@ -564,45 +585,38 @@ def score(model, folder, lpips, inception, args):
         seconds[part] += time.perf_counter() - start
         return result
 
-    def metrics(x, y, z, kl, bad):
-        """The sums over a batch of PSNR, SSIM, LPIPS, KL, images that are not finite [5], and of z's moments [2,C]."""
-        distance = lpips(y / 127.5 - 1, x / 127.5 - 1) if lpips else bad
-        flat = z.transpose(0, 1).flatten(1).double()                                     # [C,B h w]
-        rows = [psnr(x, y), ssim(x, y), distance, bad if kl is None else kl, bad]
-        return torch.stack([r.double().sum() for r in rows]), torch.stack([flat.mean(1), flat.square().mean(1)]) * len(x)
+    def metrics(x, y, xhat, kl):
+        """Of a batch: sums of images that are not finite, PSNR, SSIM, LPIPS, KL [5]."""
+        bad = ~xhat.flatten(1).isfinite().all(1)
+        rows = [bad, psnr(x, y), ssim(x, y), lpips(y / 127.5 - 1, x / 127.5 - 1) if lpips else bad, bad if kl is None else kl]
+        return torch.stack([r.double().sum() for r in rows])
 
-    real, fake = (Moments(args.fid_dims, device) for _ in range(2)) if inception else (None, None)
-    sums = torch.zeros(5, dtype=torch.float64, device=device)
-    moments = torch.zeros(2, model.channels, dtype=torch.float64, device=device)
-    mine, n = shares(len(data), args.batch), len(data)
-    for (images, _), share in zip(batches(data, mine, sum(map(len, mine)), args, "scores"), mine):
+    real, fake = (Moments(args.fid_dims, device) if inception else None for _ in range(2))
+    sums, moments = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in (5, (2, model.shape[0])))
+    steps = shares(range(n), args.batch)
+    for index, images, _ in batches(Crops(args.size, folder), steps, args, "scores"):
         x = to_float(images.to(device, non_blocking=True))                               # [B,3,S,S]
-        z, kl = timed("encoder", model.latent, x, share.start)
+        z, kl = timed("encoder", model.latent, x, index[0].item())
         xhat = timed("decoder", model.decode, z)
-        x8, y8, bad = to_uint8(x), to_uint8(xhat), ~xhat.flatten(1).isfinite().all(1)    # x8 is the image itself, bit for bit
-        for total, part in zip((sums, moments), timed("metrics", metrics, x8, y8, z, kl, bad)):
-            total += part
+        x8, y8 = to_uint8(x), to_uint8(xhat)                                             # x8 is the image itself, bit for bit
+        sums += timed("metrics", metrics, x8, y8, xhat, kl)
+        moments += timed("metrics", latent_sums, z)
         if inception:
-            real.update(timed("inception", inception, x8))
-            fake.update(timed("inception", inception, y8))
+            real.update(timed("Inception", inception, x8))
+            fake.update(timed("Inception", inception, y8))
     if args.profile and rank() == 0:
         total = time.perf_counter() - began
         for part, s in ({"waiting for images": total - sum(seconds.values())} | seconds).items():
-            print(f"{part:20} {sum(map(len, mine)) / s:8.1f} images/s {100 * s / total:5.1f} %")
-    sums = (all_reduce(sums) / n).tolist()
-    mean, square = all_reduce(moments) / n
-    if sums[-1]:
-        raise ValueError(f"{model.name} made NaN or Inf of {sums[-1] * n:.0f} of {n} images: its numbers mean nothing")
+            print(f"{part:20} {sum(map(len, steps)) / s:8.1f} images/s {100 * s / total:5.1f} %")
+    bad, *means = (all_reduce(sums) / n).tolist()
+    if bad:
+        raise ValueError(f"{model.name} made NaN or Inf of {bad * n:.0f} of {n} images: its numbers mean nothing")
+    mean, std = latent_mean_std(moments, n)
+    result = {"images": n, "psnr": means[0], "ssim": means[1]} | ({"lpips": means[2]} if lpips else {})
+    result["latent"] = {"shape": model.shape, "mean": mean.mean().item(), "std": std.square().mean().sqrt().item(),
+                        "std_min": std.min().item(), "std_max": std.max().item(), "kl": means[3] if model.posterior else None}
     gaussians = real.mean_cov() + fake.mean_cov() if inception else ()
-    if rank():
-        return {}
-    std = (square - mean.square()).clamp(min=0).sqrt()
-    result = {"images": n, "psnr": sums[0], "ssim": sums[1]}
-    result["latent"] = {"shape": list(z.shape[1:]), "mean": mean.mean().item(), "std": std.square().mean().sqrt().item(),
-                        "std_min": std.min().item(), "std_max": std.max().item(), "kl": None if kl is None else sums[3]}
-    if lpips:
-        result["lpips"] = sums[2]
-    if inception:
+    if gaussians and rank() == 0:
         result["rfid"] = frechet_distance(*gaussians)
         if n <= args.fid_dims:
             result["warning"] = f"rFID is unreliable: {n} images cannot fill a covariance of {args.fid_dims} dimensions"
@@ -612,51 +626,33 @@ def score(model, folder, lpips, inception, args):
 @torch.no_grad()
 def write_grid(model, folder, size, path):
     """Eight images of the set, evenly spaced, as a PNG: originals, reconstructions, |difference|."""
-    index = np.linspace(0, len(folder) - 1, min(8, len(folder))).astype(int)
-    data = Crops(folder, size)
-    x = to_float(torch.stack([data[i][0] for i in index]))                               # [8,3,S,S]
-    latents = [model.latent(x[i:i + 1].to(model.device), int(at))[0] for i, at in enumerate(index)]
-    y = torch.cat([model.decode(z) for z in latents]).clamp(-1, 1).cpu()
-    rows = torch.stack([x, y, (x - y).abs() - 1])                                        # [3,8,3,S,S]
-    save_png(to_uint8(rows).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1), path)    # [3 S,8 S,3]
-
-
-def write(path, save):
-    """save(temporary path), then rename: a file appears whole or not at all."""
-    part = path.with_name(path.name + ".tmp")
-    save(part)
-    os.replace(part, path)
-
-
-def slug(text):
-    """`text` as the name of a file."""
-    return re.sub(r"[^\w.-]+", "-", text).strip("-.")
-
-
-def save_png(image, path):
-    """uint8 [H,W,3] -> PNG."""
-    write(path, lambda part: Image.fromarray(image.cpu().numpy()).save(part, format="png"))
+    crops, index = Crops(size, folder), np.linspace(0, len(folder) - 1, min(8, len(folder))).astype(int)
+    x = to_float(torch.stack([crops[i][1] for i in index]))                              # [8,3,S,S]
+    y = torch.cat([model.decode(model.latent(image[None].to(model.device), int(i))[0]) for image, i in zip(x, index)])
+    y = y.clamp(-1, 1).cpu()
+    save_grid(path, x, y, (x - y).abs() - 1)
 
 
 # ------------------------------------------------------------------ one image, one small DiT
+
+def modulate(x, shift, scale):
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+
 
 class DiTBlock(nn.Module):
     """AdaLN-zero (Peebles and Xie 2023): x [B,N,d], condition c [B,d] -> [B,N,d]."""
 
     def __init__(self, d):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(d, elementwise_affine=False), nn.LayerNorm(d, elementwise_affine=False)
-        self.qkv, self.proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.attention = nn.MultiheadAttention(d, d // 64 if d % 64 == 0 else 1, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
         self.modulation = nn.Linear(d, 6 * d)
 
     def forward(self, x, c):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, 2)          # 6 x [B,1,d]
-        qkv = self.qkv(self.norm1(x) * (1 + scale1) + shift1)                            # [B,N,3 d]
-        head = 64 if x.shape[2] % 64 == 0 else x.shape[2]
-        q, k, v = qkv.unflatten(2, (3, -1, head)).permute(2, 0, 3, 1, 4)                 # 3 x [B,heads,N,head]
-        x = x + gate1 * self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))   # [B,N,d]
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        h = modulate(x, shift1, scale1)
+        x = x + gate1 * self.attention(h, h, h, need_weights=False)[0]
+        return x + gate2 * self.mlp(modulate(x, shift2, scale2))
 
 
 class DiT(nn.Module):
@@ -667,7 +663,7 @@ class DiT(nn.Module):
         self.embed, self.position = nn.Linear(n, d), nn.Parameter(0.02 * torch.randn(1, N, d))
         self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU())
         self.blocks = nn.ModuleList(DiTBlock(d) for _ in range(depth))
-        self.norm, self.modulation, self.out = nn.LayerNorm(d, elementwise_affine=False), nn.Linear(d, 2 * d), nn.Linear(d, n)
+        self.modulation, self.out = nn.Linear(d, 2 * d), nn.Linear(d, n)
         for linear in [*(block.modulation for block in self.blocks), self.modulation, self.out]:
             nn.init.zeros_(linear.weight)       # zero: every block starts as the identity
             nn.init.zeros_(linear.bias)
@@ -678,11 +674,11 @@ class DiT(nn.Module):
         x = self.embed(z) + self.position                                                # [B,N,d]
         for block in self.blocks:
             x = block(x, c)
-        shift, scale = self.modulation(c)[:, None].chunk(2, 2)
-        return self.out(self.norm(x) * (1 + scale) + shift)                              # [B,N,n]
+        return self.out(modulate(x, *self.modulation(c)[:, None].chunk(2, 2)))           # [B,N,n]
 
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)               # where losses are compared; t 0 is the image, t 1 noise
+STATE = "state.tmp"                             # of an unfinished run
 
 
 def velocity(dit, z_t, t, target):
@@ -692,16 +688,18 @@ def velocity(dit, z_t, t, target):
 
 
 def overfit(model, path, args, folder):
-    """Train a DiT on the latent of one image and watch the latent loss and the decoded image: the records of metrics.jsonl.
+    """Train a DiT on the latent of one image and watch the latent loss and the decoded image; the records are also metrics.jsonl.
 
     Flow matching: z_t = (1 - t) z + t eps, loss = mean (vhat - v)^2 with v = eps - z, for both --target v and x. With
     --target v and width d < n the loss cannot go below (n - d) / n (RAE, Theorem 1); with x it can. t is uniform, then shifted
     for the dimension m = N n: t' = a t / (1 + (a - 1) t), a = sqrt(m / 4096). z has mean 0 and variance 1 over the image.
+    An interrupted run goes on from its last record if weights, image and options are the same.
     """
     device, folder = model.device, folder / slug(f"{model.name}-{path}")
     folder.mkdir(parents=True, exist_ok=True)
     image = torch.from_numpy(np.array(center_crop(load_image(path), args.size)))[None]
     x = to_float(image.to(device))                                                       # [1,3,S,S]
+    x8 = to_uint8(x)
     with torch.no_grad():
         z = model.latent(x)[0]                                                           # [1,n,h,w]
         clean, shape, mean, std = model.decode(z), z.shape[1:], z.mean(), z.std()
@@ -713,7 +711,17 @@ def overfit(model, path, args, folder):
     optimizer = torch.optim.AdamW(dit.parameters(), lr=args.dit_lr, weight_decay=0)
     fixed = torch.randn(len(TIMES), N, n, generator=torch.Generator().manual_seed(1)).to(device)
     at = torch.tensor(TIMES, device=device)
-    records, running = [], []
+    generator, records, start = torch.Generator(device), [], 0
+
+    options = {name: value for name, value in vars(args).items() if name.startswith(("dit_", "target", "size", "sample"))}
+    key, state = digest(model.digest, options, image.numpy().tobytes()), folder / STATE
+    if state.exists():
+        saved = torch_load(state)
+        if saved["key"] == key and model.digest:    # without it there are no weights to be seen: they may have changed
+            records, start = saved["records"], saved["records"][-1]["step"]
+            dit.load_state_dict(saved["dit"])
+            optimizer.load_state_dict(saved["optimizer"])
+        print(f"{folder}: " + (f"goes on at step {start}" if records else "starts again, for another model, image or options"))
 
     def decode(tokens):
         return model.decode((tokens * std + mean).transpose(1, 2).unflatten(2, shape[1:]))               # [B,N,n] -> [B,3,S,S]
@@ -729,24 +737,22 @@ def overfit(model, path, args, folder):
             sample = sample + (s - t) * velocity(dit, sample, t[None], args.target)
         sample = decode(sample)
         losses = (v - (fixed - z)).square().flatten(1).mean(1)
-        x8 = to_uint8(x)
-        records.append({"step": step, "train_loss": np.mean(running).item() if running else None,
-                        "latent_loss": losses.mean().item(), "latent_loss_at": dict(zip(map(str, TIMES), losses.tolist())),
-                        "rgb_l1": (images - x).abs().mean().item(),
-                        "rgb_psnr": psnr(x8.expand_as(images), to_uint8(images)).mean().item(),
-                        "sample_psnr": psnr(x8, to_uint8(sample)).item()})
-        with open(folder / "metrics.jsonl", "a" if step else "w") as file:
-            file.write(json.dumps(records[-1]) + "\n")
+        records.append({"step": step, "latent_loss": losses.mean().item(), "rgb_l1": (images - x).abs().mean().item(),
+                        "rgb_psnr": psnr(x8, to_uint8(images)).mean().item(), "sample_psnr": psnr(x8, to_uint8(sample)).item(),
+                        "latent_loss_at": dict(zip(map(str, TIMES), losses.tolist()))})
         # the image, its reconstruction, what the DiT makes of it from each time, and of pure noise
-        row = to_uint8(torch.cat([x, clean, images, sample]))                            # [8,3,S,S]
-        save_png(row.permute(2, 0, 3, 1).flatten(1, 2), folder / f"{step:06}.png")       # [S,8 S,3]
-        running.clear()
+        save_grid(folder / f"{step:06}.png", torch.cat([x, clean, images, sample]))
+        write(folder / "metrics.jsonl", lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in records)))
+        parts = {"key": key, "records": records, "dit": dit.state_dict(), "optimizer": optimizer.state_dict()}
+        write(state, lambda part: torch.save(parts, part))
 
-    report(0)
-    for step in tqdm(range(1, args.dit_steps + 1), desc=model.name[-30:], unit="step"):
-        t = torch.rand(args.dit_batch, device=device)
+    if not records:
+        report(0)
+    for step in tqdm(range(start + 1, args.dit_steps + 1), model.name[-30:], args.dit_steps, initial=start, unit="step"):
+        generator.manual_seed(step)             # the draws of a step depend on its number alone: not on an interruption
+        t = torch.rand(args.dit_batch, device=device, generator=generator)
         t = shift * t / (1 + (shift - 1) * t)
-        a, eps = t[:, None, None], torch.randn(args.dit_batch, N, n, device=device)
+        a, eps = t[:, None, None], torch.randn(args.dit_batch, N, n, device=device, generator=generator)
         z_t = (1 - a) * z + a * eps
         # (z_t - z) / t is eps - z, and under the bound on t what --target x can reach
         v = eps - z if args.target == "v" else (z_t - z) / a.clamp(min=0.05)
@@ -754,37 +760,38 @@ def overfit(model, path, args, folder):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        running.append(loss.item())
         if step % max(1, args.dit_steps // 20) == 0 or step == args.dit_steps:
             report(step)
     floor = max(0.0, (n - args.dit_width) / n) if args.target == "v" else 0.0
     return {"model": model.name, "image": str(path), "n": n, "tokens": N, "width": args.dit_width, "target": args.target,
-            "floor": floor, "reconstruction_psnr": psnr(to_uint8(x), to_uint8(clean)).item(), "records": records}
+            "floor": floor, "reconstruction_psnr": psnr(x8, to_uint8(clean)).item(), "records": records}
 
 
-def compare_overfits(runs, folder, curve):
-    """A table of the last losses, the two rankings, overfit.json and, when `curve`, curve.png."""
-    last = [r | r["records"][-1] for r in runs]
-    losses = {"latent_loss": 4, "rgb_l1": 4}
-    print_table(last, {"n": 0, "floor": 4} | losses | {"rgb_psnr": 2, "sample_psnr": 2, "reconstruction_psnr": 2})
+def overfit_all(args, device):
+    """--overfit of every model on every image: a table of the last losses, the two rankings, overfit.json and curve.png."""
+    if world() > 1:
+        raise ValueError("--overfit trains on one device: run it without torchrun")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(f"--overfit draws its curve with matplotlib, this project's extra `plot`: {error}") from error
+    folder, models = args.out or Path("runs/overfit"), [load_model(spec, args, device) for spec in args.models]
+    runs = [overfit(model, path, args, folder) for model in models for path in args.overfit]
+    last, losses = [r | r["records"][-1] for r in runs], ("latent_loss", "rgb_l1")
+    print_table(last, {"n": 0, "floor": 4} | dict.fromkeys(losses, 4) | {"rgb_psnr": 2, "sample_psnr": 2, "reconstruction_psnr": 2})
     ranking = {key: [f"{r['model']} {r['image']}" for r in sorted(last, key=lambda r: r[key])] for key in losses}
-    for key, order in ranking.items():
+    figure = Figure(figsize=(10, 4), layout="tight")
+    for axis, (key, order) in zip(figure.subplots(1, 2), ranking.items()):
         print(f"  best to worst by {key}: {', '.join(order)}")
+        for r in runs:
+            label = f"{r['model'][-30:]} {Path(r['image']).stem}"
+            axis.semilogy([p["step"] for p in r["records"]], [p[key] for p in r["records"]], label=label)
+        axis.set(xlabel="step", ylabel=key)
+        axis.legend()
+    write(folder / "curve.png", lambda part: figure.savefig(part, format="png"))
     write(folder / "overfit.json", lambda part: part.write_text(json.dumps({"runs": runs, "ranking": ranking}, indent=1) + "\n"))
-    if curve:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-        for axis, key in zip(axes, ranking):
-            for r in runs:
-                label = f"{r['model'][-30:]} {Path(r['image']).stem}"
-                axis.semilogy([p["step"] for p in r["records"]], [p[key] for p in r["records"]], label=label)
-            axis.set(xlabel="step", ylabel=key)
-        axes[0].legend()
-        figure.tight_layout()
-        write(folder / "curve.png", lambda part: figure.savefig(part, format="png"))
-        plt.close(figure)
+    for state in folder.glob(f"*/{STATE}"):
+        state.unlink()
 
 
 # ------------------------------------------------------------------ latents on disk
@@ -802,34 +809,31 @@ def encode_folder(model, args):
     A shard holds z [n,C,h,w] fp16, labels [n] and, in its metadata, the files' names. One that is there and was made by the same
     weights, images and crop is not made again. Under torchrun each rank makes its own shards.
     """
-    folder = ImageFolder(args.encode)
+    folder, sums = ImageFolder(args.encode), torch.zeros(2, model.shape[0], dtype=torch.float64)
+    crops, names = Crops(args.size, folder), [str(Path(f).relative_to(args.encode)) for f in folder.files]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    names = [str(Path(f).relative_to(args.encode)) for f in folder.files]
     key = digest(model.digest, args.size, args.sample, names)
-    shards = [range(i, min(i + args.shard, len(folder))) for i in range(0, len(folder), args.shard)]
-    paths = [args.out.with_name(f"{args.out.stem}-{i:05}.safetensors") for i in range(len(shards))]
-    data, sums = Crops(folder, args.size), torch.zeros(2, model.channels, dtype=torch.float64)
-    for shard, path in list(zip(shards, paths))[rank()::world()]:
+    paths = [args.out.with_name(f"{args.out.stem}-{i:05}.safetensors") for i in range(math.ceil(len(names) / args.shard))]
+    for i, path in list(enumerate(paths))[rank()::world()]:
+        shard = range(len(names))[i * args.shard:(i + 1) * args.shard]
         if path.exists():
             z = load_safetensors(path).get("z")
             if metadata(path).get("key") != key:
                 raise ValueError(f"{path} holds latents of another model, crop or folder: delete it, or choose another --out")
         else:
-            steps = [range(i, min(i + args.batch, shard.stop)) for i in range(shard.start, shard.stop, args.batch)]
-            stream = zip(batches(data, steps, len(shard), args, path.stem), steps)
-            z = torch.cat([model.latent(to_float(x.to(model.device)), step.start)[0].half().cpu() for (x, _), step in stream])
+            steps = [shard[j:j + args.batch] for j in range(0, len(shard), args.batch)]
+            z = torch.cat([model.latent(to_float(x.to(model.device)), index[0].item())[0].half().cpu()
+                           for index, x, _ in batches(crops, steps, args, path.stem)])
             if not z.isfinite().all():
                 raise ValueError(f"{model.name} makes latents that do not fit fp16, NaN or beyond 65504")
             save_safetensors({"z": z, "labels": torch.tensor(folder.labels[shard.start:shard.stop])}, path,
                              {"key": key, "names": json.dumps(names[shard.start:shard.stop])})
-        flat = z.transpose(0, 1).flatten(1).double()                                     # [C,n h w]
-        sums += torch.stack([flat.sum(1), flat.square().sum(1)]) / (flat.shape[1] / len(z))
-    mean, square = all_reduce(sums.to(model.device)).cpu() / len(folder)
+        sums += latent_sums(z)
+    mean, std = latent_mean_std(sums.to(model.device), len(names))
     if rank() == 0:
-        std = (square - mean.square()).clamp(min=0).sqrt()
         save_safetensors({"mean": mean.float(), "std": std.float()}, args.out,
                          {"key": key, "model": model.name, "size": str(args.size), "shards": json.dumps([p.name for p in paths])})
-        print(f"{args.out}: mean and std of {len(folder)} latents in {len(shards)} shards beside it")
+        print(f"{args.out}: mean and std of {len(names)} latents in {len(paths)} shards beside it")
 
 
 @torch.no_grad()
@@ -847,25 +851,26 @@ def decode_file(model, args):
         names = json.loads(metadata(path).get("names", json.dumps([f"{path.stem}-{i:06}" for i in range(len(z))])))
         targets = [args.out / (name if name.endswith(".png") else name + ".png") for name in names]
         todo = [i for i, target in enumerate(targets) if not target.exists()]
-        for i in tqdm(range(0, len(todo), args.batch), desc=path.stem, unit="batch", disable=rank() != 0):
+        for i in tqdm(range(0, len(todo), args.batch), path.stem, unit="batch", disable=rank() != 0):
             part = todo[i:i + args.batch]
             for j, image in zip(part, to_uint8(model.decode(z[part].float().to(model.device)))):
                 targets[j].parent.mkdir(parents=True, exist_ok=True)
-                save_png(image.permute(1, 2, 0), targets[j])
+                png = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+                write(targets[j], lambda part: png.save(part, format="png"))
 
 
-# ------------------------------------------------------------------ main
+# ------------------------------------------------------------------ the command
 
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("models", nargs="+", metavar="MODEL", help="ckpt.pt, diffusers:NAME_OR_FOLDER or FILE.py:FACTORY")
     p.add_argument("--data", default="data/imagenet/val", metavar="DIR", help="the images to score (class folders for the probe)")
-    p.add_argument("--train", metavar="DIR", default="data/imagenet/train", help="the probe's training images")
+    p.add_argument("--train", default="data/imagenet/train", metavar="DIR", help="the probe's training images")
     p.add_argument("--split", choices=["parity"],
                    help="score the images at odd positions in each class of --data, and train the probe on the even ones")
     p.add_argument("--size", type=int, default=256, help="of the centre crop (default 256)")
     p.add_argument("--sample", action="store_true", help="draw z from the posterior; default is its mean")
-    p.add_argument("--skip", default="", metavar="A,B", help="leave out some of fid, lpips, probe, curve")
+    p.add_argument("--skip", default="", metavar="A,B", help="leave out some of fid, lpips, probe")
     p.add_argument("--fid-dims", type=int, default=2048, choices=[64, 192, 768, 2048])
     p.add_argument("--fid-resize", default="tf1", choices=["tf1", "torch"], help="torch: pytorch-fid's")
     p.add_argument("--inception", default="weights/pt_inception-2015-12-05-6726825d.pth", metavar="FILE")
@@ -882,17 +887,17 @@ def parse(argv):
     p.add_argument("--decode", type=Path, metavar="FILE", help="write the images of latents to the folder --out")
     p.add_argument("--overfit", nargs="+", metavar="IMAGE", help="train a DiT on each latent; --out is a folder (runs/overfit)")
     p.add_argument("--target", default="v", choices=["v", "x"], help="what the DiT predicts; the loss is of v either way")
-    p.add_argument("--dit-width", type=int, default=384)
-    p.add_argument("--dit-depth", type=int, default=12)
-    p.add_argument("--dit-steps", type=int, default=1200)
-    p.add_argument("--dit-batch", type=int, default=32)
-    p.add_argument("--dit-lr", type=float, default=2e-4)
+    for name, default in (("width", 384), ("depth", 12), ("steps", 1200), ("batch", 32), ("lr", 2e-4)):
+        p.add_argument(f"--dit-{name}", type=type(default), default=default, help=f"default {default}")
     args = p.parse_args(argv)
     args.skip = set(filter(None, args.skip.split(",")))
-    if args.skip - {"fid", "lpips", "probe", "curve"}:
-        p.error(f"--skip takes fid, lpips, probe and curve, not {','.join(sorted(args.skip))}")
-    if args.size < 16 or min(args.batch, args.probe_iterations) < 1 or args.workers < 0:
-        p.error("--size must be 16 or more, --batch and --probe-iterations 1 or more, --workers 0 or more")
+    if args.skip - {"fid", "lpips", "probe"}:
+        p.error(f"--skip takes fid, lpips and probe, not {','.join(sorted(args.skip))}")
+    if args.size < 16 or args.workers < 0:
+        p.error("--size must be 16 or more, --workers 0 or more")
+    for name in ("batch", "probe_iterations", "shard", "dit_width", "dit_depth", "dit_steps", "dit_batch"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} must be 1 or more")
     modes = [m for m in ("encode", "decode", "overfit") if getattr(args, m)]
     if len(modes) > 1 or len(args.models) > 1 and not args.overfit and (modes or args.out):
         p.error("give one of --encode, --decode, --overfit; these and --out FILE.json go with one model, except --overfit")
@@ -911,28 +916,13 @@ def main(argv=None):
     # fp32 means fp32: TF32 alone moves an rFID in the third digit
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
-        if args.overfit:
-            overfit_all(args, device)
-        elif args.encode or args.decode:
-            model = load_model(args.models[0], args.size, device, args.sample)
-            (encode_folder if args.encode else decode_file)(model, args)
+        if args.encode or args.decode:
+            (encode_folder if args.encode else decode_file)(load_model(args.models[0], args, device), args)
         else:
-            score_all(args, device)
+            (overfit_all if args.overfit else score_all)(args, device)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def overfit_all(args, device):
-    """--overfit: every model on every image."""
-    if world() > 1:
-        raise ValueError("--overfit trains on one device: run it without torchrun")
-    if "curve" not in args.skip and not importlib.util.find_spec("matplotlib"):
-        raise ValueError("--overfit draws its curve with matplotlib: install this project's extra `plot`, or pass --skip curve")
-    folder = args.out or Path("runs/overfit")
-    models = [load_model(spec, args.size, device, args.sample) for spec in args.models]
-    runs = [overfit(model, path, args, folder) for model in models for path in args.overfit]
-    compare_overfits(runs, folder, "curve" not in args.skip)
 
 
 def score_all(args, device):
@@ -948,21 +938,26 @@ def score_all(args, device):
     if "fid" not in args.skip:
         inception = FIDInception(args.inception, args.fid_dims, args.fid_resize).to(device)
     for spec in args.models:
-        model = load_model(spec, args.size, device, args.sample)
+        model = load_model(spec, args, device)
         beside = Path(spec).with_suffix(".eval.json") if isinstance(model.model, SAE) else Path("runs") / slug(spec) / "eval.json"
         out = args.out or beside
         out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"model": spec, "weights_sha256": model.digest} | score(model, test, lpips, inception, args)
-        if train:
-            result |= probe(model, train, test, args, out.parent)
-        result["protocol"] = protocol(model, args)
+        result = {"model": spec, "weights_sha256": model.digest, "protocol": protocol(model, args)}
+        result |= score(model, test, lpips, inception, args)
+
+        def write_result(more):
+            if rank() == 0:
+                write(out, lambda part: part.write_text(json.dumps(result | more, indent=1) + "\n"))
         if rank() == 0:
             write_grid(model, test, args.size, out.with_suffix(".png"))
-            write(out, lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
-            rows.append({f"probe {kind}": right for kind, right in result.get("probe", {}).items()} | result)
+        if train:
+            write_result({"unfinished": "probe"})       # which can take hours: the rest is not lost with it
+            result |= probe(model, train, test, args, out.parent)
+        write_result({})
+        rows.append({f"probe {kind}": right for kind, right in result.get("probe", {}).items()} | result)
     if rank() == 0:
-        print_table(rows, {"images": 0, "probe cls+patch": 2, "probe patch": 2, "probe mu": 2,
-                           "psnr": 2, "ssim": 4, "lpips": 4, "rfid": 3})
+        probes = {f"probe {kind}": 2 for kind in ("cls+patch", "patch", "mu")}
+        print_table(rows, {"images": 0} | probes | {"psnr": 2, "ssim": 4, "lpips": 4, "rfid": 3})
         for line in [r["warning"] for r in rows if "warning" in r] + [f"{k}: {v}" for k, v in rows[-1]["protocol"].items()]:
             print(" ", line)
 
@@ -970,20 +965,19 @@ def score_all(args, device):
 def protocol(model, args):
     """What the numbers mean: printed under the table and kept in the JSON."""
     z = "drawn from the posterior" if args.sample else "the posterior's mean, where there is a posterior"
-    lines = {"images": f"{args.data}{', odd positions of each class' if args.split else ''}: ADM centre crop {args.size}, "
-                       "both sides rounded to uint8",
-             "model": f"{'EMA weights, ' if isinstance(model.model, SAE) else ''}z {z}, fp32",
-             "psnr": "RGB, range 255, mean over images", "ssim": "11 taps, sigma 1.5, per channel, reflect padding, full map"}
-    if "lpips" not in args.skip:
-        lines["lpips"] = f"{args.lpips_net}, version 0.1"
-    if "fid" not in args.skip:
-        lines["rfid"] = f"{args.fid_dims} features of {Path(args.inception).name}, {args.fid_resize} resize to 299, fp32"
-    if "probe" not in args.skip:
-        heads = f"{args.probe_iterations} iterations, the learning rate chosen on a tenth of the training images"
-        lines["probe"] = {"knn": "k-NN, k 10, T 0.07, on centre crops", "cached": f"linear, on centre crops, {heads}",
-                          "full": f"linear, on random crops, {heads}"}[args.probe]
-    lines["versions"] = f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
-    return lines
+    heads = f"{args.probe_iterations} iterations, the learning rate chosen on a third of the training images"
+    lines = {
+        "images": f"{args.data}{', odd positions of each class' if args.split else ''}: ADM centre crop {args.size}, "
+                  "both sides rounded to uint8",
+        "model": f"{'EMA weights, ' if isinstance(model.model, SAE) else ''}z {z}, fp32",
+        "psnr": "RGB, range 255, mean over images",
+        "ssim": "11 taps, sigma 1.5, per channel, reflect padding, full map",
+        "lpips": f"{args.lpips_net}, version 0.1",
+        "fid": f"{args.fid_dims} features of {Path(args.inception).name}, {args.fid_resize} resize to 299, fp32",
+        "probe": {"knn": "k-NN, k 10, T 0.07, on centre crops", "cached": f"linear, on centre crops, {heads}",
+                  "full": f"linear, on random crops, {heads}"}[args.probe],
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"}
+    return {key: line for key, line in lines.items() if key not in args.skip}
 
 
 def print_table(rows, columns):

@@ -14,9 +14,9 @@ import json
 import math
 import mmap
 import os
-import pickle
 import re
 import sys
+import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -260,6 +260,33 @@ def load_safetensors(path):
     return tensors
 
 
+def torch_load(path):
+    """What torch.save wrote to `path`, on the CPU; mapped, not copied, when the file is of torch 1.6 or later.
+
+    Raises ValueError, one sentence, for a damaged file and for one that holds code.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as e:      # on damaged files torch's readers and unpickler raise a dozen kinds of error
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged, or no file of weights that torch can read: {reason}; fetch or write it again") from e
+
+
+def load_tensors(path):
+    """{name: tensor} of a file of weights: safetensors by its suffix, else a state dict that torch.save wrote (.pth, .pt).
+
+    Raises ValueError, one sentence, for a file that is not there, is damaged, or holds anything else.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}")
+    if Path(path).suffix == ".safetensors":
+        return load_safetensors(path)
+    tensors = torch_load(path)
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and torch.is_tensor(t) for name, t in tensors.items()):
+        raise ValueError(f"{path} holds no tensors by name, but other things: give a file of weights alone")
+    return tensors
+
+
 def release(tensor):
     """Give the memory of a tensor of `load_safetensors` back to the system, for example once it has been copied.
 
@@ -469,15 +496,7 @@ class DINOv3(nn.Module):
         Raises ValueError when a tensor is missing, left over, or of a shape that does not fit, and lists the names.
         A tensor that has `dtype` already is not copied: it stays in the mapped file until it is written to.
         """
-        path = Path(path)
-        if path.suffix in (".pth", ".pt"):
-            try:
-                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except (RuntimeError, pickle.UnpicklingError) as e:
-                raise ValueError(f"{path} is not a weights file that torch can read: {e}") from e
-        else:
-            tensors = load_safetensors(path)
-        cfg, tensors = read_dinov3(tensors, path, dtype)
+        cfg, tensors = read_dinov3(load_tensors(path), path, dtype)
         with torch.device("meta"):
             model = cls(cfg)
         expected = {n: p.shape for n, p in model.state_dict().items()}
@@ -707,10 +726,7 @@ def load_checkpoint(path):
     """The dict that train.py saved at `path`, on the CPU, mapped, not copied. Raises ValueError, one sentence, for anything else."""
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as e:
-        raise ValueError(f"{path} is not a checkpoint, or a damaged one: {str(e).splitlines()[0]}") from e
+    ckpt = torch_load(path)
     if not isinstance(ckpt, dict) or ckpt.get("version") != CHECKPOINT_VERSION:
         raise ValueError(f"{path} is no S-AE checkpoint of version {CHECKPOINT_VERSION}: train.py writes those")
     return ckpt

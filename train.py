@@ -43,7 +43,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sae import CHECKPOINT_VERSION, SAE, Block, DINOv3, ResBlock, SAEConfig, feature_mse, load_checkpoint, load_safetensors
+from sae import CHECKPOINT_VERSION, SAE, Block, DINOv3, ResBlock, SAEConfig, feature_mse, load_checkpoint, load_tensors
 
 # ------------------------------------------------------------------ images
 
@@ -226,7 +226,7 @@ class LPIPS(nn.Module):
         with warnings.catch_warnings():      # torchvision deprecates the argument that lpips passes
             warnings.simplefilter("ignore")
             model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        tensors = load_safetensors(path) if str(path).endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+        tensors = load_tensors(path)
         # lpips cuts torchvision's `features` into slices but keeps their numbers: net.slice2.5.weight is features.5.weight
         trunk = {name: "features." + name.split(".", 1)[1] for name in model.net.state_dict()}
         wrong = [theirs for name, theirs in trunk.items() if theirs not in tensors or tensors[theirs].shape != model.net.state_dict()[name].shape]

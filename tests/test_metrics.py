@@ -55,6 +55,14 @@ def test_lpips_squeeze_gives_the_published_numbers(real_data):
     assert lpips(x, y).tolist() == pytest.approx([0.1024, 0.0938], abs=5e-5)
 
 
+@pytest.mark.parametrize("damage", [lambda whole: whole[:len(whole) // 2], lambda whole: b"", lambda whole: b"no weights"])
+def test_a_damaged_lpips_trunk_is_named(damage, tmp_path):
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "trunk.pth")
+    (tmp_path / "trunk.pth").write_bytes(damage((tmp_path / "trunk.pth").read_bytes()))
+    with pytest.raises(ValueError, match="trunk.pth is damaged, or no file of weights"):
+        LPIPS("squeeze", tmp_path / "trunk.pth")
+
+
 # ------------------------------------------------------------------ FID
 
 @pytest.fixture(scope="module")
@@ -171,7 +179,7 @@ def test_the_wrong_inception_file_is_named(inception_file, tmp_path):
         with pytest.raises(ValueError, match="other.pth is not the FID Inception .*weights.sh"):
             E.FIDInception(tmp_path / "other.pth", 2048)
     (tmp_path / "cut.pth").write_bytes(inception_file.read_bytes()[:10_000])
-    with pytest.raises(ValueError, match="cut.pth is not a weights file of torch, or a damaged one"):
+    with pytest.raises(ValueError, match="cut.pth is damaged, or no file of weights"):
         E.FIDInception(tmp_path / "cut.pth", 2048)
     with pytest.raises(ValueError, match="there is no FID Inception .*gone.pth"):
         E.FIDInception(tmp_path / "gone.pth", 2048)

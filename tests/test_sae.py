@@ -265,3 +265,38 @@ def test_what_is_no_checkpoint_is_refused_by_name(content, tmp_path):
         path.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(path))):
         sae.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
+def test_a_damaged_file_of_weights_gives_its_tensors_or_one_sentence(kind, tmp_path):
+    """Cut anywhere or with any byte changed: what torch.save wrote since 1.6 (zip) and before (legacy: VGG16, Inception), and safetensors."""
+    whole = {"a.weight": torch.arange(12.0).view(3, 4), "b": torch.ones(5, dtype=torch.float16)}
+    path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
+    if kind == "safetensors":
+        save_file(whole, path)
+    else:
+        torch.save(whole, path, _use_new_zipfile_serialization=kind == "zip")
+    assert all(torch.equal(t, whole[name]) for name, t in sae.load_tensors(path).items())
+    content, refused = path.read_bytes(), 0
+    step = max(1, len(content) // 150)
+    for i in range(0, len(content), step):
+        for damaged in (content[:i], content[:i] + bytes([content[i] ^ 0x55]) + content[i + 1:]):
+            path.write_bytes(damaged)
+            try:
+                assert all(torch.is_tensor(t) for t in sae.load_tensors(path).values())
+            except ValueError as e:
+                refused += 1
+                assert str(path) in str(e) and len(str(e).splitlines()) == 1, str(e)
+    assert refused > len(content) // step       # every cut, and some of the changed bytes
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(2)], {"model": {"weight": torch.zeros(2)}}, {"weight": 3}, torch.zeros(2)])
+def test_a_file_of_other_things_than_tensors_by_name_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="w.pth holds no tensors by name"):
+        sae.load_tensors(tmp_path / "w.pth")
+
+
+def test_a_missing_file_of_weights_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is no file .*gone.pth"):
+        sae.load_tensors(tmp_path / "gone.pth")
