@@ -456,6 +456,41 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(const Tensor& dy
   return {dx, dweight, dbias};
 }
 
+#ifdef SAE_CUDA
+cuda::GroupNorm norm_args(const NormShape& s, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& rstd) {
+  check(s.C <= 8192, "sae: group norm takes up to 8192 channels");
+  cuda::GroupNorm a{};
+  a.type = type_of(x);
+  a.B = s.B, a.rows = s.n / s.C, a.C = int(s.C), a.groups = int(s.groups);
+  a.x = x.data_ptr(), a.weight = floats(weight), a.bias = floats(bias), a.mean = floats(mean), a.rstd = floats(rstd);
+  return a;
+}
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_cuda(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, int64_t groups, double eps) {
+  const NormShape s = norm_shape(x_, weight_, bias_, groups);
+  const Tensor x = dense(x_), weight = dense(weight_), bias = dense(bias_), y = like(x);
+  const Tensor mean = like(x, {s.B, groups}, ScalarType::Float), rstd = like(x, {s.B, groups}, ScalarType::Float);
+  cuda::GroupNorm a = norm_args(s, x, weight, bias, mean, rstd);
+  const Tensor partial = like(x, {cuda::norm_partials(a)}, ScalarType::Float);
+  a.eps = eps, a.y = y.data_ptr(), a.partial = floats(partial);
+  launch(cuda::group_norm_silu_forward, a, x);
+  return {y, mean, rstd};
+}
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cuda(const Tensor& dy_, const Tensor& x_, const Tensor& weight_, const Tensor& bias_,
+                                                                 const Tensor& mean_, const Tensor& rstd_, int64_t groups) {
+  const NormShape s = norm_shape(x_, weight_, bias_, groups);
+  check_norm_backward(s, dy_, x_, mean_, rstd_);
+  const Tensor dy = dense(dy_), x = dense(x_), weight = dense(weight_), bias = dense(bias_), mean = dense(mean_), rstd = dense(rstd_);
+  const Tensor dx = like(x), dweight = like(weight), dbias = like(weight);
+  cuda::GroupNorm a = norm_args(s, x, weight, bias, mean, rstd);
+  const Tensor partial = like(x, {cuda::norm_partials(a)}, ScalarType::Float);
+  const Tensor sums = like(x, {s.B * 2 * s.C}, ScalarType::Double), slope = like(x, {s.B * 2 * groups}, ScalarType::Float);
+  a.dy = dy.data_ptr(), a.dx = dx.data_ptr(), a.dweight = floats(dweight), a.dbias = floats(dbias);
+  a.partial = floats(partial), a.sums = static_cast<double*>(sums.data_ptr()), a.slope = floats(slope);
+  launch(cuda::group_norm_silu_backward, a, x);
+  return {dx, dweight, dbias};
+}
+#endif
+
 int64_t source_crc() { return kSourceCrc; }
 bool has_cuda() {
 #ifdef SAE_CUDA
@@ -505,5 +540,7 @@ STABLE_TORCH_LIBRARY_IMPL(sae, CUDA, m) {
   m.impl("reparameterize_backward", TORCH_BOX(&sae::reparameterize_backward_cuda));
   m.impl("feature_mse", TORCH_BOX(&sae::feature_mse_cuda));
   m.impl("feature_mse_backward", TORCH_BOX(&sae::feature_mse_backward_cuda));
+  m.impl("group_norm_silu", TORCH_BOX(&sae::group_norm_silu_cuda));
+  m.impl("group_norm_silu_backward", TORCH_BOX(&sae::group_norm_silu_backward_cuda));
 }
 #endif
