@@ -45,11 +45,11 @@ struct CpuKernels {
   void (*group_norm_moments)(const NormShape& shape, Type type, const void* x, int64_t n, float* scratch, double* mean, double* square);
   // constants [3, columns]: mean, rstd weight, bias
   void (*group_norm_forward)(const NormShape& shape, Type type, const void* x, int64_t n, const float* constants, void* y);
-  // sums [2, C]: of du = dy silu'(u), of du (x - mean)
+  // du = dy silu'(u); sums [2, C]: of du, of du (x - mean)
   void (*group_norm_sums)(const NormShape& shape, Type type, const void* dy, const void* x, int64_t n, const float* constants,
-                          float* scratch, float* sums);
-  // dx = rstd weight du - offset - slope (x - mean); constants [5, columns]: mean, rstd weight, bias, offset, slope
-  void (*group_norm_backward)(const NormShape& shape, Type type, const void* dy, const void* x, int64_t n, const float* constants,
+                          float* scratch, float* du, float* sums);
+  // dx = rstd weight du - offset - slope (x - mean); constants [5, columns]: mean, rstd weight, bias, offset, slope. dx may be du.
+  void (*group_norm_backward)(const NormShape& shape, Type type, const float* du, const void* x, int64_t n, const float* constants,
                               void* dx);
 };
 

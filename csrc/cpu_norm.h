@@ -97,18 +97,19 @@ SAE_INLINE F silu_gradient(F dy, F u) {
   return dy * sigma * fused(u, 1.f - sigma, F{} + 1.f);
 }
 
-// Of each channel of a chunk: sum du, sum du (x - mean). sums: [2, C]
+// du, for the second pass, which is spared the exponential, and sums of each channel of a chunk: du, du (x - mean). sums: [2, C]
 template <class T>
 inline void norm_sums(const NormShape& s, const typename T::Element* dy, const typename T::Element* x, int64_t n, const float* constants,
-                      float* scratch, float* sums) {
+                      float* scratch, float* du, float* sums) {
   const float *mean = constants, *scale = mean + s.columns, *bias = scale + s.columns;
   float *sum = scratch, *product = sum + s.columns;
   for (int64_t j = 0; j < s.columns; j += L) *(F*)(sum + j) = *(F*)(product + j) = F{};
   for_vectors(n, s.columns, [&](auto at) {
     const F d = load_lanes<T>(x, at) - at_column(mean, at);   // past the end dy is 0, and so is du
-    const F du = silu_gradient(load_lanes<T>(dy, at), fused(d, at_column(scale, at), at_column(bias, at)));
-    *(F*)(sum + at.column) += du;
-    *(F*)(product + at.column) = fused(du, d, at_column(product, at));
+    const F g = silu_gradient(load_lanes<T>(dy, at), fused(d, at_column(scale, at), at_column(bias, at)));
+    *(F*)(sum + at.column) += g;
+    *(F*)(product + at.column) = fused(g, d, at_column(product, at));
+    store_lanes<F32>(du, g, at);
   });
   for (int64_t c = 0; c < s.C; ++c) {
     sums[c] = sums[s.C + c] = 0;
@@ -118,14 +119,12 @@ inline void norm_sums(const NormShape& s, const typename T::Element* dy, const t
 
 // dx = rstd weight du - (offset + slope (x - mean));  constants [5, columns]: mean, rstd weight, bias, offset, slope
 template <class T>
-inline void norm_gradient(const NormShape& s, const typename T::Element* dy, const typename T::Element* x, int64_t n,
-                          const float* constants, typename T::Element* dx) {
-  const float *mean = constants, *scale = mean + s.columns, *bias = scale + s.columns, *offset = bias + s.columns;
-  const float* slope = offset + s.columns;
+inline void norm_gradient(const NormShape& s, const float* du, const typename T::Element* x, int64_t n, const float* constants,
+                          typename T::Element* dx) {
+  const float *mean = constants, *scale = mean + s.columns, *offset = scale + 2 * s.columns, *slope = offset + s.columns;
   for_vectors(n, s.columns, [&](auto at) {
-    const F d = load_lanes<T>(x, at) - at_column(mean, at), a = at_column(scale, at);
-    const F du = silu_gradient(load_lanes<T>(dy, at), fused(d, a, at_column(bias, at)));
-    store_lanes<T>(dx, fused(a, du, -fused(d, at_column(slope, at), at_column(offset, at))), at);
+    const F d = load_lanes<T>(x, at) - at_column(mean, at), rest = fused(d, at_column(slope, at), at_column(offset, at));
+    store_lanes<T>(dx, fused(load_lanes<F32>(du, at), at_column(scale, at), -rest), at);
   });
 }
 
@@ -140,14 +139,14 @@ inline void group_norm_forward(const NormShape& s, Type type, const void* x, int
   norm_apply<F16>(s, (In16)x, n, constants, (uint16_t*)y);
 }
 inline void group_norm_sums(const NormShape& s, Type type, const void* dy, const void* x, int64_t n, const float* constants,
-                            float* scratch, float* sums) {
-  if (type == Type::f32) return norm_sums<F32>(s, (In32)dy, (In32)x, n, constants, scratch, sums);
-  if (type == Type::bf16) return norm_sums<BF16>(s, (In16)dy, (In16)x, n, constants, scratch, sums);
-  norm_sums<F16>(s, (In16)dy, (In16)x, n, constants, scratch, sums);
+                            float* scratch, float* du, float* sums) {
+  if (type == Type::f32) return norm_sums<F32>(s, (In32)dy, (In32)x, n, constants, scratch, du, sums);
+  if (type == Type::bf16) return norm_sums<BF16>(s, (In16)dy, (In16)x, n, constants, scratch, du, sums);
+  norm_sums<F16>(s, (In16)dy, (In16)x, n, constants, scratch, du, sums);
 }
-inline void group_norm_backward(const NormShape& s, Type type, const void* dy, const void* x, int64_t n, const float* constants,
+inline void group_norm_backward(const NormShape& s, Type type, const float* du, const void* x, int64_t n, const float* constants,
                                 void* dx) {
-  if (type == Type::f32) return norm_gradient<F32>(s, (In32)dy, (In32)x, n, constants, (float*)dx);
-  if (type == Type::bf16) return norm_gradient<BF16>(s, (In16)dy, (In16)x, n, constants, (uint16_t*)dx);
-  norm_gradient<F16>(s, (In16)dy, (In16)x, n, constants, (uint16_t*)dx);
+  if (type == Type::f32) return norm_gradient<F32>(s, du, (In32)x, n, constants, (float*)dx);
+  if (type == Type::bf16) return norm_gradient<BF16>(s, du, (In16)x, n, constants, (uint16_t*)dx);
+  norm_gradient<F16>(s, du, (In16)x, n, constants, (uint16_t*)dx);
 }

@@ -349,9 +349,11 @@ void for_chunks(const NormShape& s, int64_t first, int64_t last, Prepare prepare
   });
 }
 // Both directions read their inputs twice, so they take as many samples at a time as a cache holds: body(first, last) for all samples.
+int64_t samples_at_once(const NormShape& s, int64_t bytes_of_element) {
+  return std::max(int64_t(1), kNormCache / std::max(int64_t(1), s.n * bytes_of_element));
+}
 template <class Body>
-void for_samples(const NormShape& s, int64_t bytes_of_element, Body body) {
-  const int64_t count = std::max(int64_t(1), kNormCache / std::max(int64_t(1), s.n * bytes_of_element));
+void for_samples(const NormShape& s, int64_t count, Body body) {
   for (int64_t first = 0; first < s.B; first += count) body(first, std::min(s.B, first + count));
 }
 // constants [columns] of a sample: value(c, g) for channel c of group g
@@ -376,7 +378,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_cpu(const Tensor& x_, const T
   const Tensor mean = like(x, {s.B, groups}, ScalarType::Float), rstd = like(x, {s.B, groups}, ScalarType::Float);
   const int64_t chunks = chunks_of(s), width = s.C / groups;
   std::vector<double> part(s.B * chunks * 2 * groups);        // of each chunk: means, then sums of squared deviations
-  for_samples(s, x.element_size(), [&](int64_t first, int64_t last) {
+  for_samples(s, samples_at_once(s, x.element_size()), [&](int64_t first, int64_t last) {
     for_chunks(s, first, last, [](int64_t, float*) {}, [&](int64_t sample, int64_t chunk, int64_t i, int64_t n, const float*, float* scratch) {
       double* p = part.data() + (sample * chunks + chunk) * 2 * groups;
       cpu().group_norm_moments(s, type, at(x, i), n, scratch, p, p + groups);
@@ -420,9 +422,14 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(const Tensor& dy
   const auto prepare = [&](int64_t sample, float* constants) {
     forward_constants(s, floats(mean) + sample * groups, floats(rstd) + sample * groups, floats(weight), floats(bias), constants);
   };
-  for_samples(s, 2 * x.element_size(), [&](int64_t first, int64_t last) {
+  const int64_t count = samples_at_once(s, 2 * x.element_size() + sizeof(float));
+  const Aligned memory(type == Type::f32 ? 0 : std::min(s.B, count) * s.n);
+  for_samples(s, count, [&](int64_t first, int64_t last) {
+    // In fp32, whatever the dtype: dx is a difference of large terms. A dx in fp32 holds du meanwhile.
+    float* const du = type == Type::f32 ? floats(dx) + first * s.n : memory.p;
     for_chunks(s, first, last, prepare, [&](int64_t sample, int64_t chunk, int64_t i, int64_t n, const float* constants, float* scratch) {
-      cpu().group_norm_sums(s, type, at(dy, i), at(x, i), n, constants, scratch, part.data() + (sample * chunks + chunk) * 2 * s.C);
+      cpu().group_norm_sums(s, type, at(dy, i), at(x, i), n, constants, scratch, du + i - first * s.n,
+                            part.data() + (sample * chunks + chunk) * 2 * s.C);
     });
     for (int64_t sample = first; sample < last; ++sample) {
       double* sum = sums.data() + sample * 2 * s.C;
@@ -449,7 +456,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(const Tensor& dy
                  fill_constants(s, constants + 4 * s.columns, [&](int64_t, int64_t g) { return float(du_xhat[g]); });
                },
                [&](int64_t, int64_t, int64_t i, int64_t n, const float* constants, float*) {
-                 cpu().group_norm_backward(s, type, at(dy, i), at(x, i), n, constants, at_mutable(dx, i));
+                 cpu().group_norm_backward(s, type, du + i - first * s.n, at(x, i), n, constants, at_mutable(dx, i));
                });
   });
   for (int64_t c = 0; c < s.C; ++c) floats(dbias)[c] = float(total[c]), floats(dweight)[c] = float(total[s.C + c]);

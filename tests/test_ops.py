@@ -267,6 +267,14 @@ def test_tensors_of_more_than_2_31_elements_are_read_to_the_end():
     z, kl = sae.reparameterize(a.view(2, -1), b.view(2, -1), 1)
     assert kl[0].item() == 0 and kl[1].item() == 1024 ** 2 / 2
     assert torch.equal(z.view(-1)[-100:-1], sae.philox_normal(99, 1, n - 100, device="cuda").bfloat16())
+    del a, b, z
+    x, dy, weight, bias = norm_arguments((1, 32, 32, 32), torch.bfloat16, "cuda")
+    many = torch.zeros(2 ** 16 + 1, 32, 32, 32, dtype=torch.bfloat16, device="cuda").permute(0, 3, 1, 2)
+    gradient = torch.zeros_like(many)
+    many[-1:], gradient[-1:] = x, dy
+    for last, alone, per_sample in zip(norm_and_gradients(sae.group_norm_silu, many, gradient, weight, bias, 16),
+                                  norm_and_gradients(sae.group_norm_silu, x, dy, weight, bias, 16), (True, True, False, False)):
+        torch.testing.assert_close(last[-1:] if per_sample else last, alone)
 
 
 # ------------------------------------------------------------------ feature MSE
@@ -322,8 +330,9 @@ def norm_and_gradients(f, x, dy, weight, bias, groups):
     return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
 
 
-# The widths of the decoder, one that 16 lanes do not divide, groups of no power of 2, one row of pixels, many chunks of work.
-NORM_SHAPES = [((2, 128, 9, 7), 32), ((1, 1280, 8, 8), 32), ((2, 24, 5, 7), 8), ((3, 30, 3, 3), 3), ((2, 6, 1, 50), 1), ((2, 256, 24, 31), 32)]
+# Widths of the decoder, one that 16 lanes do not divide, groups of no power of 2, one row of pixels, many chunks, samples one by one.
+NORM_SHAPES = [((2, 128, 9, 7), 32), ((1, 1280, 8, 8), 32), ((2, 24, 5, 7), 8), ((3, 30, 3, 3), 3), ((2, 6, 1, 50), 1), ((2, 256, 24, 31), 32),
+               ((3, 64, 128, 128), 32)]
 
 
 @device
