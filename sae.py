@@ -184,8 +184,31 @@ def feature_mse_reference(student, teacher):
     return (wide(student) - wide(teacher.detach())).square().mean()
 
 
+def group_norm_silu(x, weight, bias, groups, eps=1e-6):
+    """silu(group_norm(x)): x [B,C,h,w], weight and bias [C] in fp32 or in x's dtype -> [B,C,h,w] of x's dtype, in channels_last.
+
+    A group is C / groups neighbouring channels of one sample; statistics in fp32. Backward keeps x and two numbers a group, not the
+    normalised tensor. Deterministic. A contiguous x is converted. Raises ValueError when shapes, dtypes or devices do not fit.
+    """
+    if x.dim() != 4 or groups < 1 or not x.shape[1] or x.shape[1] % groups or not x.shape[2] * x.shape[3]:
+        raise ValueError(f"group_norm_silu: x is {list(x.shape)}, not [B, C, h, w] with C a multiple of the {groups} groups and no side 0")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t.shape != x.shape[1:2] or t.dtype not in (torch.float32, x.dtype) or t.device != x.device:
+            raise ValueError(f"group_norm_silu: {name} is {list(t.shape)} {t.dtype} {t.device}; it must be [{x.shape[1]}], torch.float32 "
+                             f"or {x.dtype}, on {x.device}")
+    if in_csrc(x):
+        rows = x.permute(0, 2, 3, 1)                                                     # [B,h,w,C]: as channels_last lies in memory
+        return torch.ops.sae.group_norm_silu(rows, wide(weight), wide(bias), groups, eps)[0].permute(0, 3, 1, 2)
+    return group_norm_silu_reference(x, weight, bias, groups, eps)
+
+
+def group_norm_silu_reference(x, weight, bias, groups, eps=1e-6):
+    y = F.silu(torch.group_norm(wide(x), groups, wide(weight), wide(bias), eps))         # F.group_norm refuses one value a channel
+    return y.to(x.dtype, memory_format=torch.channels_last)
+
+
 def register_csrc():
-    """Autograd and, for torch.compile, the shapes of the ops in csrc. Backward needs no op that has a backward of its own."""
+    """Autograd and, for torch.compile, the shapes of the ops in csrc. A gradient of a gradient is refused."""
     csrc = torch.ops.sae
 
     def register(name, shape, shape_of_gradient, saved, gradient):
@@ -193,9 +216,13 @@ def register_csrc():
             ctx.numbers = [x for x in inputs if not isinstance(x, torch.Tensor)]
             ctx.save_for_backward(*saved(inputs, output))
 
+        def refuse(ctx, *gradients):
+            raise RuntimeError(f"{name} of csrc has a gradient, but no gradient of its gradient: {name}_reference has one")
+
         torch.library.register_fake(f"sae::{name}", shape)
         torch.library.register_fake(f"sae::{name}_backward", shape_of_gradient)
         torch.library.register_autograd(f"sae::{name}", gradient, setup_context=setup_context)
+        torch.library.register_autograd(f"sae::{name}_backward", refuse)
 
     register("attention",
              lambda qkv, rows, cols, prefix: (qkv.new_empty(*qkv.shape[:2], qkv.shape[3] * qkv.shape[4]),
@@ -214,6 +241,13 @@ def register_csrc():
              lambda dloss, student, teacher: torch.empty_like(student, memory_format=torch.contiguous_format),
              lambda inputs, output: inputs,
              lambda ctx, dloss: (csrc.feature_mse_backward(dloss, *ctx.saved_tensors), None))
+    register("group_norm_silu",
+             lambda x, weight, bias, groups, eps: (torch.empty_like(x, memory_format=torch.contiguous_format),
+                                                   *(x.new_empty(x.shape[0], groups, dtype=torch.float32) for _ in range(2))),
+             lambda dy, x, weight, *_: (torch.empty_like(x, memory_format=torch.contiguous_format),
+                                        *(torch.empty_like(weight, memory_format=torch.contiguous_format) for _ in range(2))),
+             lambda inputs, output: (*inputs[:3], *output[1:]),                          # x, weight, bias, mean, rstd
+             lambda ctx, dy, *_: (*csrc.group_norm_silu_backward(dy, *ctx.saved_tensors, ctx.numbers[0]), None, None))
 
 
 if NO_CSRC is None:
@@ -591,8 +625,14 @@ class Posterior:
         return reparameterize(self.mu, self.logvar, 0)[1]
 
 
-def norm(channels):
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+class NormSiLU(nn.GroupNorm):
+    """silu(norm(x)), x [B,channels,h,w]."""
+
+    def __init__(self, channels):
+        super().__init__(math.gcd(32, channels), channels, eps=1e-6)
+
+    def forward(self, x):
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
 
 
 class ResBlock(nn.Module):
@@ -600,13 +640,13 @@ class ResBlock(nn.Module):
 
     def __init__(self, cin, cout):
         super().__init__()
-        self.norm1, self.conv1 = norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2, self.conv2 = norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm1, self.conv1 = NormSiLU(cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = NormSiLU(cout), nn.Conv2d(cout, cout, 3, padding=1)
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x))
+        return self.skip(x) + self.conv2(self.norm2(h))
 
 
 class AttnBlock(nn.Module):
@@ -614,7 +654,8 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.norm, self.qkv, self.proj = norm(channels), nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+        self.norm = nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+        self.qkv, self.proj = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, -1)         # 3 x [B,h w,C]
@@ -660,7 +701,8 @@ def decoder(cfg):
         for _ in range(cfg.blocks):
             layers.append(ResBlock(c, width))
             c = width
-    return nn.Sequential(*layers, norm(c), nn.SiLU(), nn.Conv2d(c, 3, 3, padding=1))
+    # Identity: the SiLU had this place, and the names of the parameters after it count places.
+    return nn.Sequential(*layers, NormSiLU(c), nn.Identity(), nn.Conv2d(c, 3, 3, padding=1))
 
 
 CHECKPOINT_VERSION = 1

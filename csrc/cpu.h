@@ -16,6 +16,15 @@ struct AttentionShape {
 
 // Gaussian and MSE tasks cover this many elements of one sample. Fixed, so that sums do not depend on the thread count.
 constexpr int64_t kChunk = 4096;
+constexpr int64_t kNormChunk = 1 << 15;                       // of group norm: stays in the L2 cache for the second pass over it
+constexpr int64_t kNormCache = 8 << 20;                       // bytes of samples whose passes follow one another
+
+// Group norm works on channels_last memory, in chunks of whole rows of C channels.
+struct NormShape {
+  int64_t B, n, C, groups;   // samples, elements of one sample, channels
+  int64_t columns;           // constants of a channel come every `columns` elements: a multiple of C and of 16, for whole vectors
+  int64_t chunk;             // elements, a multiple of columns
+};
 
 struct CpuKernels {
   const char* name;
@@ -32,6 +41,16 @@ struct CpuKernels {
                                   uint64_t first, int64_t n, void* dmu, void* dlogvar);
   double (*squared_error)(Type type, const void* a, const void* b, int64_t n);                       // sum (a - b)^2
   void (*scaled_difference)(Type type, float scale, const void* a, const void* b, int64_t n, void* d);  // d = scale (a - b)
+  // n <= chunk elements; scratch: [3, columns] floats. Of each group: mean, sum of squared deviations from it.
+  void (*group_norm_moments)(const NormShape& shape, Type type, const void* x, int64_t n, float* scratch, double* mean, double* square);
+  // constants [3, columns]: mean, rstd weight, bias
+  void (*group_norm_forward)(const NormShape& shape, Type type, const void* x, int64_t n, const float* constants, void* y);
+  // du = dy silu'(u); sums [2, C]: of du, of du (x - mean)
+  void (*group_norm_sums)(const NormShape& shape, Type type, const void* dy, const void* x, int64_t n, const float* constants,
+                          float* scratch, float* du, float* sums);
+  // dx = rstd weight du - offset - slope (x - mean); constants [5, columns]: mean, rstd weight, bias, offset, slope. dx may be du.
+  void (*group_norm_backward)(const NormShape& shape, Type type, const float* du, const void* x, int64_t n, const float* constants,
+                              void* dx);
 };
 
 extern const CpuKernels kCpuAvx512, kCpuAvx2, kCpuGeneric;

@@ -17,11 +17,7 @@ inline void fill_normals(uint64_t seed, uint64_t first, int64_t n, float* eps) {
 
 constexpr int64_t kFold = 16 * L;                             // so many elements are summed in fp32 before they join a double
 
-// A NaN passes both comparisons and stays.
-SAE_INLINE F clamp_logvar(F v) {
-  v = select(v < -30.f, F{} - 30.f, v);
-  return select(v > 20.f, F{} + 20.f, v);
-}
+SAE_INLINE F clamp_logvar(F v) { return clamp(v, -30.f, 20.f); }
 
 // z = mu + exp(logvar / 2) eps,  KL = 1/2 sum(mu^2 + var - 1 - logvar)
 template <class T>

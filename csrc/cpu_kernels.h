@@ -50,6 +50,20 @@ SAE_INLINE F load_quads(const float* p, int64_t stride) {     // 4 floats from e
   const __m256 b = _mm256_set_m128(_mm_loadu_ps(p + 3 * stride), _mm_loadu_ps(p + 2 * stride));
   return (F)_mm512_insertf32x8(_mm512_castps256_ps512(a), b, 1);
 }
+SAE_INLINE F clamp(F v, float low, float high) {              // a NaN stays: min and max return their second operand then
+  return (F)_mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), (__m512)v));
+}
+SAE_INLINE F reciprocal(F v) {                                // of a finite v: 14 bits and a Newton step, within 1 ulp
+  const F r = (F)_mm512_rcp14_ps((__m512)v);
+  return fused(r, fused(-v, r, F{} + 1.f), r);
+}
+SAE_INLINE F bf16_to_float(U16 v) { return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16); }
+SAE_INLINE U16 float_to_bf16(F v) {                           // round to nearest even; NaN stays NaN
+  const __m512i x = (__m512i)v, up = _mm512_add_epi32(x, _mm512_set1_epi32(0x7fff));
+  const __m512i even = _mm512_mask_add_epi32(up, _mm512_test_epi32_mask(x, _mm512_set1_epi32(0x10000)), up, _mm512_set1_epi32(1));
+  const __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
+  return (U16)_mm512_cvtepi32_epi16(_mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), number, even, 16));
+}
 SAE_INLINE F half_to_float(U16 v) { return (F)_mm512_cvtph_ps((__m256i)v); }
 SAE_INLINE U16 float_to_half(F v) { return (U16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 #elif SAE_LANES == 8
@@ -70,6 +84,15 @@ SAE_INLINE void transpose4(F (&v)[4]) {
   v[3] = (F)_mm256_shuffle_ps(b, d, 0xEE);
 }
 SAE_INLINE F load_quads(const float* p, int64_t stride) { return (F)_mm256_set_m128(_mm_loadu_ps(p + stride), _mm_loadu_ps(p)); }
+SAE_INLINE F clamp(F v, float low, float high) {
+  return (F)_mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), (__m256)v));
+}
+SAE_INLINE F reciprocal(F v) { return 1.f / v; }
+SAE_INLINE F bf16_to_float(U16 v) { return (F)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16); }
+SAE_INLINE U16 float_to_bf16(F v) {
+  const U x = bits<U>(v), r = select(v != v, U{} + 0x7fc0u, (x + 0x7fffu + (x >> 16 & 1u)) >> 16);
+  return (U16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)r, (__m256i)r), 0x88));
+}
 SAE_INLINE F half_to_float(U16 v) { return (F)_mm256_cvtph_ps((__m128i)v); }
 SAE_INLINE U16 float_to_half(F v) { return (U16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 #else
@@ -94,6 +117,16 @@ SAE_INLINE void transpose4(F (&v)[4]) {
   for (int i = 0; i < 4; ++i) v[i] = t[i];
 }
 SAE_INLINE F load_quads(const float* p, int64_t) { return *(const FUnaligned*)p; }
+SAE_INLINE F clamp(F v, float low, float high) {
+  v = select(v < low, F{} + low, v);
+  return select(v > high, F{} + high, v);
+}
+SAE_INLINE F reciprocal(F v) { return 1.f / v; }
+SAE_INLINE F bf16_to_float(U16 v) { return bits<F>(__builtin_convertvector(v, U) << 16); }
+SAE_INLINE U16 float_to_bf16(F v) {
+  const U x = bits<U>(v), r = select(v != v, U{} + 0x7fc0u, (x + 0x7fffu + (x >> 16 & 1u)) >> 16);
+  return __builtin_convertvector(r, U16);
+}
 SAE_INLINE F half_to_float(U16 v) {                           // exponent re-based by a multiplication, which also serves denormals
   const U x = __builtin_convertvector(v, U);
   const F magnitude = bits<F>((x & 0x7fffu) << 13) * 0x1p112f;
@@ -120,12 +153,10 @@ struct BF16 {
   typedef uint16_t Element;
   static SAE_INLINE F load(const uint16_t* p) {
     const U16 v = *(const U16Unaligned*)p;
-    return bits<F>(__builtin_convertvector(v, U) << 16);
+    return bf16_to_float(v);
   }
   static SAE_INLINE void store(uint16_t* p, F v) {            // round to nearest even; NaN stays NaN
-    const U x = bits<U>(v);
-    const U r = select(v != v, U{} + 0x7fc0u, (x + 0x7fffu + (x >> 16 & 1u)) >> 16);
-    *(U16Unaligned*)p = __builtin_convertvector(r, U16);
+    *(U16Unaligned*)p = float_to_bf16(v);
   }
 };
 struct F16 {
@@ -181,12 +212,23 @@ SAE_INLINE F exp_clamped(F x) {                               // e^x for -87 <= 
 #include "noise.h"
 #include "cpu_attention.h"
 #include "cpu_gaussian.h"
+#include "cpu_norm.h"
 
 }  // namespace SAE_ISA
 
 extern const CpuKernels SAE_KERNELS;
 const CpuKernels SAE_KERNELS = {
-    SAE_ISA::kName,         SAE_ISA::attention_scratch,       SAE_ISA::attention_forward, SAE_ISA::attention_backward,
-    SAE_ISA::reparameterize_forward, SAE_ISA::reparameterize_backward, SAE_ISA::squared_error,     SAE_ISA::scaled_difference};
+    SAE_ISA::kName,
+    SAE_ISA::attention_scratch,
+    SAE_ISA::attention_forward,
+    SAE_ISA::attention_backward,
+    SAE_ISA::reparameterize_forward,
+    SAE_ISA::reparameterize_backward,
+    SAE_ISA::squared_error,
+    SAE_ISA::scaled_difference,
+    SAE_ISA::group_norm_moments,
+    SAE_ISA::group_norm_forward,
+    SAE_ISA::group_norm_sums,
+    SAE_ISA::group_norm_backward};
 
 }  // namespace sae

@@ -46,5 +46,23 @@ struct SquaredError {
 const char* squared_error_forward(const SquaredError& a, void* stream);
 const char* squared_error_backward(const SquaredError& a, void* stream);
 
+struct GroupNorm {                 // of channels_last memory: rows of C channels
+  Type type;
+  int64_t B, rows;                 // samples, rows of one sample
+  int C, groups;
+  double eps;
+  const void *x, *dy;              // [B,rows,C]
+  const float *weight, *bias;      // [C]
+  float *mean, *rstd;              // [B,groups], written by forward
+  void *y, *dx;                    // [B,rows,C], written by forward, by backward
+  float *dweight, *dbias;          // [C]
+  float* partial;                  // scratch of norm_partials(a) floats
+  double* sums;                    // backward's scratch: [B,2,C]
+  float* slope;                    // backward's scratch: [B,2,groups]
+};
+int64_t norm_partials(const GroupNorm& a);
+const char* group_norm_silu_forward(const GroupNorm& a, void* stream);
+const char* group_norm_silu_backward(const GroupNorm& a, void* stream);
+
 }  // namespace cuda
 }  // namespace sae

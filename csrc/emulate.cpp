@@ -59,4 +59,27 @@ PYBIND11_MODULE(emulate, m) {
     check(squared_error_backward(e, nullptr));
   });
   m.def("partials", &partials);
+  m.def("norm_partials", [](int64_t B, int64_t rows, int C) {
+    GroupNorm a{};
+    a.B = B, a.rows = rows, a.C = C;
+    return norm_partials(a);
+  });
+  m.def("group_norm_silu_forward", [](int t, int64_t B, int64_t rows, int C, int groups, double eps, Address x, Address weight,
+                                      Address bias, Address mean, Address rstd, Address y, Address partial) {
+    GroupNorm a{};
+    a.type = type(t), a.B = B, a.rows = rows, a.C = C, a.groups = groups, a.eps = eps;
+    a.x = at(x), a.weight = at<float>(weight), a.bias = at<float>(bias), a.mean = at<float>(mean), a.rstd = at<float>(rstd);
+    a.y = at(y), a.partial = at<float>(partial);
+    check(group_norm_silu_forward(a, nullptr));
+  });
+  m.def("group_norm_silu_backward", [](int t, int64_t B, int64_t rows, int C, int groups, Address x, Address weight, Address bias,
+                                       Address mean, Address rstd, Address dy, Address dx, Address dweight, Address dbias,
+                                       Address partial, Address sums, Address slope) {
+    GroupNorm a{};
+    a.type = type(t), a.B = B, a.rows = rows, a.C = C, a.groups = groups;
+    a.x = at(x), a.weight = at<float>(weight), a.bias = at<float>(bias), a.mean = at<float>(mean), a.rstd = at<float>(rstd);
+    a.dy = at(dy), a.dx = at(dx), a.dweight = at<float>(dweight), a.dbias = at<float>(dbias);
+    a.partial = at<float>(partial), a.sums = at<double>(sums), a.slope = at<float>(slope);
+    check(group_norm_silu_backward(a, nullptr));
+  });
 }

@@ -10,14 +10,7 @@
 // The fast path wants samples of a multiple of 8 elements and an offset of a multiple of 4; anything else takes one element at a time.
 #include <cmath>
 
-#include "cuda.h"
-#include "simt.cuh"
-
-#ifdef __CUDACC__
-#define SAE_INLINE __device__ __forceinline__
-#else
-#define SAE_INLINE inline
-#endif
+#include "eight.cuh"
 
 namespace sae {
 namespace cuda {
@@ -46,58 +39,9 @@ SAE_INLINE uint32_t mul_wide(uint32_t m, uint32_t v, uint32_t& high) {
 }
 #include "noise.h"
 
-constexpr int kThreads = 256, kEach = 8;
+constexpr int kThreads = 256;
 constexpr int64_t kPass = kThreads * kEach;                              // elements of one pass of a block: kChunk takes two
 static_assert(kChunk % kPass == 0, "");
-
-// Eight values in the registers of one thread. A pointer of the fast path is aligned to 16 bytes.
-struct Eight { float v[kEach]; };
-SAE_INLINE Eight load(const float* p) {
-  const float4 x = reinterpret_cast<const float4*>(p)[0], y = reinterpret_cast<const float4*>(p)[1];
-  return {{x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w}};
-}
-SAE_INLINE void store(float* p, const Eight& e) {
-  reinterpret_cast<float4*>(p)[0] = float4{e.v[0], e.v[1], e.v[2], e.v[3]};
-  reinterpret_cast<float4*>(p)[1] = float4{e.v[4], e.v[5], e.v[6], e.v[7]};
-}
-template <class T>
-SAE_INLINE Eight load(const T* p) {
-  const uint4 x = *reinterpret_cast<const uint4*>(p);
-  const float2 a = unpack<T>(x.x), b = unpack<T>(x.y), c = unpack<T>(x.z), d = unpack<T>(x.w);
-  return {{a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y}};
-}
-template <class T>
-SAE_INLINE void store(T* p, const Eight& e) {
-  *reinterpret_cast<uint4*>(p) = uint4{pack<T>(e.v[0], e.v[1]), pack<T>(e.v[2], e.v[3]), pack<T>(e.v[4], e.v[5]), pack<T>(e.v[6], e.v[7])};
-}
-SAE_INLINE float load_one(const float* p) { return *p; }
-template <class T>
-SAE_INLINE float load_one(const T* p) { return unpack<T>(p->bits).x; }
-SAE_INLINE void store_one(float* p, float v) { *p = v; }
-template <class T>
-SAE_INLINE void store_one(T* p, float v) { p->bits = static_cast<uint16_t>(pack<T>(v, 0.f)); }
-template <bool kFast, class T>
-SAE_INLINE Eight load(const T* p, int n) {
-  if constexpr (kFast) {
-    return load(p);
-  } else {
-    Eight e{};
-#pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      if (i < n) e.v[i] = load_one(p + i);
-    return e;
-  }
-}
-template <bool kFast, class T>
-SAE_INLINE void store(T* p, const Eight& e, int n) {
-  if constexpr (kFast) {
-    store(p, e);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      if (i < n) store_one(p + i, e.v[i]);
-  }
-}
 
 template <bool kFast>
 SAE_INLINE Eight draw(uint64_t seed, uint64_t first) {
@@ -237,12 +181,6 @@ __global__ void __launch_bounds__(kThreads) squared_error_backward_kernel(const 
 
 constexpr size_t kWarpSums = kThreads / 32 * sizeof(float), kThreadSums = kThreads * sizeof(double);
 
-// kernel<T, fast> on `blocks` blocks
-#define SAE_LAUNCH(kernel, shared, args)                                                                                \
-  (args.type == Type::f32    ? launch(fast ? kernel<float, true> : kernel<float, false>, blocks, kThreads, shared, stream, args)    \
-   : args.type == Type::bf16 ? launch(fast ? kernel<bf16_t, true> : kernel<bf16_t, false>, blocks, kThreads, shared, stream, args)  \
-                             : launch(fast ? kernel<fp16_t, true> : kernel<fp16_t, false>, blocks, kThreads, shared, stream, args))
-
 }  // namespace
 
 int64_t partials(int64_t n) { return (n + kChunk - 1) / kChunk; }
@@ -250,25 +188,25 @@ int64_t partials(int64_t n) { return (n + kChunk - 1) / kChunk; }
 const char* reparameterize_forward(const Gaussian& a, void* stream) {
   const int64_t blocks = a.B * partials(a.n);
   const bool fast = a.n % kEach == 0 && a.offset % 4 == 0;
-  if (const char* error = SAE_LAUNCH(reparameterize_forward_kernel, kWarpSums, a)) return error;
+  if (const char* error = SAE_LAUNCH(reparameterize_forward_kernel, a.type, fast, blocks, kThreads, kWarpSums, a)) return error;
   return launch(finish_kernel, a.B, kThreads, kThreadSums, stream, static_cast<const double*>(a.partial), partials(a.n), 0.5, a.kl);
 }
 const char* reparameterize_backward(const Gaussian& a, void* stream) {
   const int64_t blocks = a.B * partials(a.n);
   const bool fast = a.n % kEach == 0 && a.offset % 4 == 0;
-  return SAE_LAUNCH(reparameterize_backward_kernel, 0, a);
+  return SAE_LAUNCH(reparameterize_backward_kernel, a.type, fast, blocks, kThreads, 0, a);
 }
 const char* squared_error_forward(const SquaredError& e, void* stream) {
   const int64_t blocks = partials(e.n);
   const bool fast = e.n % kEach == 0;
-  if (const char* error = SAE_LAUNCH(squared_error_forward_kernel, kWarpSums, e)) return error;
+  if (const char* error = SAE_LAUNCH(squared_error_forward_kernel, e.type, fast, blocks, kThreads, kWarpSums, e)) return error;
   return launch(finish_kernel, 1, kThreads, kThreadSums, stream, static_cast<const double*>(e.partial), partials(e.n),
                 1. / static_cast<double>(e.n), e.mean);
 }
 const char* squared_error_backward(const SquaredError& e, void* stream) {
   const int64_t blocks = partials(e.n);
   const bool fast = e.n % kEach == 0;
-  return SAE_LAUNCH(squared_error_backward_kernel, 0, e);
+  return SAE_LAUNCH(squared_error_backward_kernel, e.type, fast, blocks, kThreads, 0, e);
 }
 
 }  // namespace cuda

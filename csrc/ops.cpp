@@ -6,9 +6,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -308,6 +310,194 @@ Tensor feature_mse_backward_cuda(const Tensor& dmean, const Tensor& a_, const Te
 }
 #endif
 
+// ------------------------------------------------------------------ SiLU of group norm
+
+// x: [B,...,C], channels last; weight, bias: float32 [C]
+NormShape norm_shape(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups) {
+  check(x.dim() >= 2 && x.size(-1) > 0, "sae: x must be [B,...,C] with C > 0");
+  NormShape s{};
+  s.B = x.size(0), s.n = s.B ? x.numel() / s.B : 0, s.C = x.size(-1), s.groups = groups;
+  check(groups > 0 && s.C % groups == 0, "sae: C must be a multiple of groups");
+  for (const Tensor* t : {&weight, &bias})
+    check(t->dim() == 1 && t->size(0) == s.C && t->scalar_type() == ScalarType::Float && same_place(*t, x),
+          "sae: weight and bias must be float32 [C] on the device of x");
+  s.columns = std::lcm(s.C, int64_t(16));
+  s.chunk = std::max(int64_t(1), kNormChunk / s.columns) * s.columns;
+  return s;
+}
+void check_norm_backward(const NormShape& s, const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd) {
+  check_pair(dy, x);
+  for (const Tensor* t : {&mean, &rstd})
+    check(t->numel() == s.B * s.groups && t->scalar_type() == ScalarType::Float && same_place(*t, x),
+          "sae: mean and rstd must be those of this x");
+}
+int64_t chunks_of(const NormShape& s) { return (s.n + s.chunk - 1) / s.chunk; }
+
+// body(sample, chunk of it, first element, elements, constants, scratch) for the chunks of samples first .. last - 1;
+// prepare(sample, constants) comes before those of a sample.
+template <class Prepare, class Body>
+void for_chunks(const NormShape& s, int64_t first, int64_t last, Prepare prepare, Body body) {
+  const int64_t chunks = chunks_of(s);
+  parallel((last - first) * chunks, [&](int64_t begin, int64_t end) {
+    const Aligned memory(8 * s.columns);
+    float *constants = memory.p, *scratch = constants + 5 * s.columns;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t sample = first + i / chunks, chunk = i % chunks, element = chunk * s.chunk;
+      if (i == begin || chunk == 0) prepare(sample, constants);
+      body(sample, chunk, sample * s.n + element, std::min(s.chunk, s.n - element), constants, scratch);
+    }
+  });
+}
+// Both directions read their inputs twice, so they take as many samples at a time as a cache holds: body(first, last) for all samples.
+int64_t samples_at_once(const NormShape& s, int64_t bytes_of_element) {
+  return std::max(int64_t(1), kNormCache / std::max(int64_t(1), s.n * bytes_of_element));
+}
+template <class Body>
+void for_samples(const NormShape& s, int64_t count, Body body) {
+  for (int64_t first = 0; first < s.B; first += count) body(first, std::min(s.B, first + count));
+}
+// constants [columns] of a sample: value(c, g) for channel c of group g
+template <class Value>
+void fill_constants(const NormShape& s, float* constants, Value value) {
+  const int64_t width = s.C / s.groups;
+  for (int64_t g = 0; g < s.groups; ++g)
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) constants[c] = value(c, g);
+  for (int64_t c = s.C; c < s.columns; ++c) constants[c] = constants[c - s.C];
+}
+// [3, columns]: mean, rstd weight, bias
+void forward_constants(const NormShape& s, const float* mean, const float* rstd, const float* weight, const float* bias, float* constants) {
+  fill_constants(s, constants, [&](int64_t, int64_t g) { return mean[g]; });
+  fill_constants(s, constants + s.columns, [&](int64_t c, int64_t g) { return rstd[g] * weight[c]; });
+  fill_constants(s, constants + 2 * s.columns, [&](int64_t c, int64_t) { return bias[c]; });
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_cpu(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, int64_t groups, double eps) {
+  const NormShape s = norm_shape(x_, weight_, bias_, groups);
+  const Type type = type_of(x_);
+  const Tensor x = dense(x_), weight = dense(weight_), bias = dense(bias_), y = like(x);
+  const Tensor mean = like(x, {s.B, groups}, ScalarType::Float), rstd = like(x, {s.B, groups}, ScalarType::Float);
+  const int64_t chunks = chunks_of(s), width = s.C / groups;
+  std::vector<double> part(s.B * chunks * 2 * groups);        // of each chunk: means, then sums of squared deviations
+  for_samples(s, samples_at_once(s, x.element_size()), [&](int64_t first, int64_t last) {
+    for_chunks(s, first, last, [](int64_t, float*) {}, [&](int64_t sample, int64_t chunk, int64_t i, int64_t n, const float*, float* scratch) {
+      double* p = part.data() + (sample * chunks + chunk) * 2 * groups;
+      cpu().group_norm_moments(s, type, at(x, i), n, scratch, p, p + groups);
+    });
+    for (int64_t i = first * groups; i < last * groups; ++i) {
+      const double* p = part.data() + i / groups * chunks * 2 * groups + i % groups;
+      const auto count = [&](int64_t chunk) { return double(std::min(s.chunk, s.n - chunk * s.chunk) / s.C * width); };
+      double m = 0, square = 0;
+      for (int64_t k = 0; k < chunks; ++k) m += p[k * 2 * groups] * count(k);
+      m /= double(s.n / groups);
+      for (int64_t k = 0; k < chunks; ++k) {
+        const double d = p[k * 2 * groups] - m;
+        square += p[(2 * k + 1) * groups] + d * d * count(k);
+      }
+      floats(mean)[i] = float(m);
+      floats(rstd)[i] = float(1 / std::sqrt(square / double(s.n / groups) + eps));
+    }
+    for_chunks(s, first, last,
+               [&](int64_t sample, float* constants) {
+                 forward_constants(s, floats(mean) + sample * groups, floats(rstd) + sample * groups, floats(weight), floats(bias), constants);
+               },
+               [&](int64_t, int64_t, int64_t i, int64_t n, const float* constants, float*) {
+                 cpu().group_norm_forward(s, type, at(x, i), n, constants, at_mutable(y, i));
+               });
+  });
+  return {y, mean, rstd};
+}
+
+// With xhat = (x - mean) rstd, u = weight xhat + bias, du = dy silu'(u), and means over a group:
+//   dbias = sum du, dweight = sum du xhat,  dx = rstd (weight du - mean(weight du) - xhat mean(weight du xhat))
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(const Tensor& dy_, const Tensor& x_, const Tensor& weight_, const Tensor& bias_,
+                                                                const Tensor& mean_, const Tensor& rstd_, int64_t groups) {
+  const NormShape s = norm_shape(x_, weight_, bias_, groups);
+  const Type type = type_of(x_);
+  check_norm_backward(s, dy_, x_, mean_, rstd_);
+  const Tensor dy = dense(dy_), x = dense(x_), weight = dense(weight_), bias = dense(bias_), mean = dense(mean_), rstd = dense(rstd_);
+  const Tensor dx = like(x), dweight = like(weight), dbias = like(weight);
+  const int64_t chunks = chunks_of(s), width = s.C / groups;
+  std::vector<float> part(s.B * chunks * 2 * s.C);            // of each chunk: sum du, then sum du (x - mean)
+  std::vector<double> sums(s.B * 2 * s.C), total(2 * s.C);    // of each sample, and of all: sum du, sum du xhat
+  const auto prepare = [&](int64_t sample, float* constants) {
+    forward_constants(s, floats(mean) + sample * groups, floats(rstd) + sample * groups, floats(weight), floats(bias), constants);
+  };
+  const int64_t count = samples_at_once(s, 2 * x.element_size() + sizeof(float));
+  const Aligned memory(type == Type::f32 ? 0 : std::min(s.B, count) * s.n);
+  for_samples(s, count, [&](int64_t first, int64_t last) {
+    // In fp32, whatever the dtype: dx is a difference of large terms. A dx in fp32 holds du meanwhile.
+    float* const du = type == Type::f32 ? floats(dx) + first * s.n : memory.p;
+    for_chunks(s, first, last, prepare, [&](int64_t sample, int64_t chunk, int64_t i, int64_t n, const float* constants, float* scratch) {
+      cpu().group_norm_sums(s, type, at(dy, i), at(x, i), n, constants, scratch, du + i - first * s.n,
+                            part.data() + (sample * chunks + chunk) * 2 * s.C);
+    });
+    for (int64_t sample = first; sample < last; ++sample) {
+      double* sum = sums.data() + sample * 2 * s.C;
+      for (int64_t k = 0; k < chunks; ++k)
+        for (int64_t j = 0; j < 2 * s.C; ++j) sum[j] += part[(sample * chunks + k) * 2 * s.C + j];
+      for (int64_t g = 0; g < groups; ++g)
+        for (int64_t c = g * width; c < (g + 1) * width; ++c) sum[s.C + c] *= floats(rstd)[sample * groups + g];
+      for (int64_t j = 0; j < 2 * s.C; ++j) total[j] += sum[j];
+    }
+    for_chunks(s, first, last,
+               [&](int64_t sample, float* constants) {
+                 prepare(sample, constants);
+                 const double* sum = sums.data() + sample * 2 * s.C;
+                 std::vector<double> du(groups), du_xhat(groups);               // their means over the group, times weight
+                 for (int64_t g = 0; g < groups; ++g) {
+                   for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+                     du[g] += floats(weight)[c] * sum[c];
+                     du_xhat[g] += floats(weight)[c] * sum[s.C + c];
+                   }
+                   const double r = floats(rstd)[sample * groups + g], scale = r / double(s.n / groups);
+                   du[g] *= scale, du_xhat[g] *= r * scale;
+                 }
+                 fill_constants(s, constants + 3 * s.columns, [&](int64_t, int64_t g) { return float(du[g]); });
+                 fill_constants(s, constants + 4 * s.columns, [&](int64_t, int64_t g) { return float(du_xhat[g]); });
+               },
+               [&](int64_t, int64_t, int64_t i, int64_t n, const float* constants, float*) {
+                 cpu().group_norm_backward(s, type, du + i - first * s.n, at(x, i), n, constants, at_mutable(dx, i));
+               });
+  });
+  for (int64_t c = 0; c < s.C; ++c) floats(dbias)[c] = float(total[c]), floats(dweight)[c] = float(total[s.C + c]);
+  return {dx, dweight, dbias};
+}
+
+#ifdef SAE_CUDA
+cuda::GroupNorm norm_args(const NormShape& s, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& rstd) {
+  check(s.C <= 8192, "sae: group norm takes up to 8192 channels");
+  cuda::GroupNorm a{};
+  a.type = type_of(x);
+  a.B = s.B, a.rows = s.n / s.C, a.C = int(s.C), a.groups = int(s.groups);
+  a.x = x.data_ptr(), a.weight = floats(weight), a.bias = floats(bias), a.mean = floats(mean), a.rstd = floats(rstd);
+  return a;
+}
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_cuda(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, int64_t groups, double eps) {
+  const NormShape s = norm_shape(x_, weight_, bias_, groups);
+  const Tensor x = dense(x_), weight = dense(weight_), bias = dense(bias_), y = like(x);
+  const Tensor mean = like(x, {s.B, groups}, ScalarType::Float), rstd = like(x, {s.B, groups}, ScalarType::Float);
+  cuda::GroupNorm a = norm_args(s, x, weight, bias, mean, rstd);
+  const Tensor partial = like(x, {cuda::norm_partials(a)}, ScalarType::Float);
+  a.eps = eps, a.y = y.data_ptr(), a.partial = floats(partial);
+  launch(cuda::group_norm_silu_forward, a, x);
+  return {y, mean, rstd};
+}
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cuda(const Tensor& dy_, const Tensor& x_, const Tensor& weight_, const Tensor& bias_,
+                                                                 const Tensor& mean_, const Tensor& rstd_, int64_t groups) {
+  const NormShape s = norm_shape(x_, weight_, bias_, groups);
+  check_norm_backward(s, dy_, x_, mean_, rstd_);
+  const Tensor dy = dense(dy_), x = dense(x_), weight = dense(weight_), bias = dense(bias_), mean = dense(mean_), rstd = dense(rstd_);
+  const Tensor dx = like(x), dweight = like(weight), dbias = like(weight);
+  cuda::GroupNorm a = norm_args(s, x, weight, bias, mean, rstd);
+  const Tensor partial = like(x, {cuda::norm_partials(a)}, ScalarType::Float);
+  const Tensor sums = like(x, {s.B * 2 * s.C}, ScalarType::Double), slope = like(x, {s.B * 2 * groups}, ScalarType::Float);
+  a.dy = dy.data_ptr(), a.dx = dx.data_ptr(), a.dweight = floats(dweight), a.dbias = floats(dbias);
+  a.partial = floats(partial), a.sums = static_cast<double*>(sums.data_ptr()), a.slope = floats(slope);
+  launch(cuda::group_norm_silu_backward, a, x);
+  return {dx, dweight, dbias};
+}
+#endif
+
 int64_t source_crc() { return kSourceCrc; }
 bool has_cuda() {
 #ifdef SAE_CUDA
@@ -328,6 +518,8 @@ STABLE_TORCH_LIBRARY(sae, m) {
   m.def("reparameterize_backward(Tensor dz, Tensor dkl, Tensor mu, Tensor logvar, SymInt seed, SymInt offset) -> (Tensor dmu, Tensor dlogvar)");
   m.def("feature_mse(Tensor student, Tensor teacher) -> Tensor loss");
   m.def("feature_mse_backward(Tensor dloss, Tensor student, Tensor teacher) -> Tensor dstudent");
+  m.def("group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def("group_norm_silu_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int groups) -> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def("source_crc() -> int");
   m.def("has_cuda() -> bool");
   m.def("cpu_kernels() -> str");
@@ -344,6 +536,8 @@ STABLE_TORCH_LIBRARY_IMPL(sae, CPU, m) {
   m.impl("reparameterize_backward", TORCH_BOX(&sae::reparameterize_backward_cpu));
   m.impl("feature_mse", TORCH_BOX(&sae::feature_mse_cpu));
   m.impl("feature_mse_backward", TORCH_BOX(&sae::feature_mse_backward_cpu));
+  m.impl("group_norm_silu", TORCH_BOX(&sae::group_norm_silu_cpu));
+  m.impl("group_norm_silu_backward", TORCH_BOX(&sae::group_norm_silu_backward_cpu));
 }
 #ifdef SAE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(sae, CUDA, m) {
@@ -353,5 +547,7 @@ STABLE_TORCH_LIBRARY_IMPL(sae, CUDA, m) {
   m.impl("reparameterize_backward", TORCH_BOX(&sae::reparameterize_backward_cuda));
   m.impl("feature_mse", TORCH_BOX(&sae::feature_mse_cuda));
   m.impl("feature_mse_backward", TORCH_BOX(&sae::feature_mse_backward_cuda));
+  m.impl("group_norm_silu", TORCH_BOX(&sae::group_norm_silu_cuda));
+  m.impl("group_norm_silu_backward", TORCH_BOX(&sae::group_norm_silu_backward_cuda));
 }
 #endif

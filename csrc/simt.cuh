@@ -84,6 +84,8 @@ __device__ __forceinline__ float fast_exp2(float x) {         // 2 ulp, and one 
   return y;
 }
 
+__device__ __forceinline__ float fast_divide(float x, float y) { return __fdividef(x, y); }      // 2 ulp; 0 for y >= 2^126
+
 // 16 bytes from global to shared memory without a register between; zeros when !valid.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");

@@ -265,6 +265,7 @@ inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) *
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fsqrt_rn(float v) { return std::sqrt(v); }
 inline float fast_exp2(float x) { return std::exp2(x); }
+inline float fast_divide(float x, float y) { return x / y; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 
 template <class T>

@@ -1,6 +1,6 @@
 """The ops and the encoder against the same computation of others, side by side in one run.
 
-    python tests/bench_ops.py [attention] [gaussian] [mse] [encoder] [--device cpu|cuda] [--rounds 11] [--compile] [--json FILE]
+    python tests/bench_ops.py [attention] [gaussian] [mse] [norm] [encoder] [--device cpu|cuda] [--rounds 11] [--compile] [--json FILE]
 
 Competitors take turns, round by round, and the table holds medians: a shared machine slows all of them alike. "ratio" is a competitor's
 time over ours. On a GPU every round works on other buffers, more than the L2 cache holds, and times are of CUDA events.
@@ -188,6 +188,54 @@ def bench_mse(device, rounds, compiled):
                 {n: forward_backward(lambda s, t, f=f: ([f(s, t)], [None])) for n, f in competitors.items()})
 
 
+# ------------------------------------------------------------------ SiLU of group norm
+
+def kept_for_backward(f, *inputs):
+    """Bytes that autograd keeps of one call, parameters aside."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        f(*inputs)
+    return sum(n for address, n in kept.items() if address not in {p.data_ptr() for p in inputs[1:]})
+
+
+def bench_norm(device, rounds, compiled):
+    # The decoder's levels; in bf16 as autocast has them, with fp32 parameters.
+    shapes = [(16, 1280, 16, 16), (16, 512, 64, 64), (16, 256, 128, 128), (16, 128, 256, 256)]
+    if device == "cpu":
+        shapes = [(4, 1280, 8, 8), (4, 512, 32, 32), (4, 256, 64, 64), (4, 128, 128, 128)]
+    for shape in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            def eager(x, weight, bias):
+                return F.silu(F.group_norm(x, 32, weight.to(x.dtype), bias.to(x.dtype), 1e-6))
+
+            def in_fp32(x, weight, bias):                     # as CUDA's autocast runs it
+                return F.silu(F.group_norm(x.float(), 32, weight, bias, 1e-6)).to(x.dtype)
+
+            competitors = {"ours": lambda x, w, b: sae.group_norm_silu(x, w, b, 32), "eager": eager}
+            if device == "cuda" and dtype == torch.bfloat16:
+                competitors["eager, norm and SiLU in fp32"] = in_fp32
+            if compiled:
+                competitors |= {f"{name}, compiled": torch.compile(f) for name, f in list(competitors.items())[1:]}
+            x, dy = (torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last) for _ in range(2))
+            parameters = [torch.randn(shape[1], device=device, requires_grad=True) for _ in range(2)]
+            sets = [(x.clone().requires_grad_(), *parameters) for _ in range(4 if device == "cuda" else 1)]
+            title = f"SiLU of group norm {device} {str(dtype)[6:]} {list(shape)}"
+            copy = {"copy": lambda x, w, b: x.detach().clone()}
+
+            def share(tensors):                               # a copy moves two: x and its copy
+                return lambda t: f"ours: at least {tensors} tensors of {x.nbytes / 2**20:.1f} MiB, at {tensors / 2 * t['copy'] / t['ours']:.0%} of the copy's bandwidth"
+
+            compare(title + " forward", device, rounds, sets, {n: torch.no_grad()(f) for n, f in competitors.items()} | copy, share(2))
+            both = {n: forward_backward(lambda *s, f=f: ([f(*s)], [dy])) for n, f in competitors.items()}
+            compare(title + " forward and backward", device, rounds, sets, both | copy, share(5))
+            print("    kept for backward: " + ", ".join(f"{n} {kept_for_backward(f, *sets[0]) / 2**20:.1f} MiB" for n, f in competitors.items()))
+
+
 # ------------------------------------------------------------------ encoder
 
 def bench_encoder(device, rounds, compiled):
@@ -230,7 +278,7 @@ def bench_encoder(device, rounds, compiled):
             compare(title + " forward and backward", device, rounds, [(x,)], {n: both(f) for n, f in competitors.items()})
 
 
-BENCHES = {"attention": bench_attention, "gaussian": bench_gaussian, "mse": bench_mse, "encoder": bench_encoder}
+BENCHES = {"attention": bench_attention, "gaussian": bench_gaussian, "mse": bench_mse, "norm": bench_norm, "encoder": bench_encoder}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -30,6 +30,7 @@ step "the extension has CUDA" 20 "$python" -c 'import sae, sys, torch; sys.exit(
 step tests 90 "$python" -m pytest -q -rs tests/test_ops.py -k "cuda or gpu or current_stream or 2_31"
 # The sanitizer makes kernels tens of times slower: small shapes, every kernel and every dtype.
 small='test_attention_errs and cuda and (3-5-1 or 1-1-0 or 17-17-5) or test_reparameterize and cuda and (shape0 or shape1) or test_feature_mse and cuda'
+small+=' or test_group_norm_silu and cuda and not (shape1 or shape5 or shape6)'
 if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
         step "$tool" 50 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name-exclude regex=at:: \
@@ -39,7 +40,7 @@ else
     echo "gpu.sh: no compute-sanitizer on PATH: memcheck and racecheck are not run" | tee -a "$results"
     failed+=("compute-sanitizer")
 fi
-step "benchmarks: ops" 120 "$python" tests/bench_ops.py attention gaussian mse --device cuda --compile --rounds 21
+step "benchmarks: ops" 120 "$python" tests/bench_ops.py attention gaussian mse norm --device cuda --compile --rounds 21
 step "benchmark: encoder" 60 "$python" tests/bench_ops.py encoder --device cuda --rounds 5
 
 echo "== ${#failed[@]} steps failed${failed[*]:+: ${failed[*]}}" | tee -a "$results"

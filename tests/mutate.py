@@ -1,7 +1,8 @@
 """Breaks the CUDA kernels on purpose, one line at a time, and fails unless the emulated tests notice every bug.
 
     python tests/mutate.py [PART OF A NAME]   all mutants, two compilers at a time; exit status 1 when one survives
-    python tests/mutate.py run MODULE CASES   the cases alone, on one build of the emulated kernels (numpy only: it runs under sanitizers)
+    python tests/mutate.py run MODULE CASES [KIND ...]   the cases alone, on one build of the emulated kernels (numpy only: it runs
+                                              under sanitizers)
 
 A mutant is built the way it shows: plainly (and run with warps in ascending and in descending order), with AddressSanitizer or with
 ThreadSanitizer. The unbroken kernels must pass all three.
@@ -18,7 +19,9 @@ from pathlib import Path
 import numpy as np
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
-SOURCES = ("attention.cu", "attention_fp32.cu", "gaussian.cu")
+SOURCES = ("attention.cu", "attention_fp32.cu", "gaussian.cu", "norm.cu")
+INCLUDED_BY = {"attention.cuh": SOURCES[:2], "noise.h": SOURCES[2:3], "eight.cuh": SOURCES[2:]}
+CASES_OF = {"attention.cu": ["attention"], "attention_fp32.cu": ["attention"], "gaussian.cu": ["gaussian", "error"], "norm.cu": ["norm"]}
 SANITIZERS = {"plain": [], "asan": ["-g", "-fsanitize=address"], "tsan": ["-g", "-fsanitize=thread"]}
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 
@@ -78,8 +81,49 @@ MUTANTS = [
     ("gaussian.cu", "the clamp lets its gradient through", "plain", "logvar.v[j] > -30.f && logvar.v[j] < 20.f ? d : 0.f", "d"),
     ("gaussian.cu", "no clamp from above", "plain", ": v > 20.f ? 20.f : v;", ": v;"),
     ("gaussian.cu", "padding counts in the KL", "plain", "if (kFast || j < left) kl +=", "kl += 1e-3f +"),
-    ("gaussian.cu", "writes past the end of a sample", "asan", "      if (i < n) store_one(p + i, e.v[i]);", "      store_one(p + i, e.v[i]);"),
+    ("eight.cuh", "writes past the end of a sample", "asan", "      if (i < n) store_one(p + i, e.v[i]);", "      store_one(p + i, e.v[i]);"),
     ("gaussian.cu", "the fast path for any length", "asan", "const bool fast = e.n % kEach == 0;\n  if", "const bool fast = true;\n  if"),
+    ("norm.cu", "norm: no barrier before lanes join", "tsan", "  __syncthreads();\n  const int lanes = p.rows", "  const int lanes = p.rows"),
+    ("norm.cu", "norm: no barrier before lanes are summed", "tsan",
+     "    store(lane_values(c, 1, p.lane) + p.column * kEach, product);\n  }\n  __syncthreads();",
+     "    store(lane_values(c, 1, p.lane) + p.column * kEach, product);\n  }"),
+    ("norm.cu", "norm: no barrier before a sum of the block", "tsan",
+     "  __syncthreads();\n  shared[threadIdx.x] = v;", "  shared[threadIdx.x] = v;"),
+    ("norm.cu", "norm: no barrier in a sum of the block", "tsan", "    __syncthreads();\n    if (static_cast<int>(threadIdx.x) < half)",
+     "    if (static_cast<int>(threadIdx.x) < half)"),
+    ("norm.cu", "norm: no barrier after a sum of the block", "plain", "  __syncthreads();\n  return shared[0];", "  return shared[0];"),
+    ("norm.cu", "norm: no barrier before the lanes of a group join", "tsan", "  __syncthreads();\n  const double rstd", "  const double rstd"),
+    ("norm.cu", "norm: shared memory of the lanes short", "asan", "return 2 * threads(c) * kEach * sizeof(float);",
+     "return 2 * threads(c) * kEach * sizeof(float) - 4;"),
+    ("norm.cu", "norm: no room for the sum of the block", "asan", "2 * entries * sizeof(double) + kFinishShared", "2 * entries * sizeof(double)"),
+    ("norm.cu", "norm: chunks join without their means", "plain", "m[a.C] + (m[0] - mean) * (m[0] - mean) * count(i / width)", "m[a.C]"),
+    ("norm.cu", "norm: lanes join without their means", "plain",
+     "__fmaf_rn(d * d, static_cast<float>((p.rows - l + c.lanes - 1) / c.lanes), lane_values(c, 1, l)[i])", "lane_values(c, 1, l)[i]"),
+    ("norm.cu", "norm: variance from squares that are not shifted", "plain",
+     "shift = load<kFast>(at<const void, const T>(a.x, a, p, p.lane), p.n);\n#pragma unroll 4\n    for (int row = p.lane + c.lanes;",
+     "shift = Eight{};\n    for (int row = p.lane;"),
+    ("norm.cu", "norm: a lane counts a row too few", "plain", "const int count = (p.rows - p.lane + c.lanes - 1) / c.lanes;",
+     "const int count = (p.rows - p.lane) / c.lanes;"),
+    ("norm.cu", "norm: the last chunk counts as a whole one", "plain", "static_cast<double>(left < c.rows ? left : c.rows)",
+     "static_cast<double>(c.rows)"),
+    ("norm.cu", "norm: no eps", "plain", " + a.eps));", "));"),
+    ("norm.cu", "norm: the next group begins a channel late", "plain", "if (p.channel + j == next)", "if (p.channel + j == next + 1)"),
+    ("norm.cu", "norm: the second tile of a row takes the first one's channels", "plain", "(tile * c.columns + p.column) * kEach",
+     "p.column * kEach"),
+    ("norm.cu", "norm: sigmoid of -u", "plain", "fast_exp2(-kLog2e * u)", "fast_exp2(kLog2e * u)"),
+    ("norm.cu", "norm: the gradient of silu is sigmoid", "plain", "dy * sigma * __fmaf_rn(u, 1.f - sigma, 1.f)", "dy * sigma"),
+    ("norm.cu", "norm: dx without mean(weight du)", "plain", "-__fmaf_rn(d, slope.v[j], offset.v[j])", "-d * slope.v[j]"),
+    ("norm.cu", "norm: dx without mean(weight du xhat)", "plain", "-__fmaf_rn(d, slope.v[j], offset.v[j])", "-offset.v[j]"),
+    ("norm.cu", "norm: dweight without rstd", "plain", "    q *= rstd;\n", ""),
+    ("norm.cu", "norm: dweight and dbias of the first sample", "plain", "b < a.B; ++b", "b < 1; ++b"),
+    ("norm.cu", "norm: every lane adds all chunks", "plain", "for (int64_t chunk = lane; chunk < c.chunks; chunk += lanes) {",
+     "for (int64_t chunk = 0; chunk < c.chunks; ++chunk) {"),
+    ("norm.cu", "norm: writes past the last row", "asan", "row < p.rows; row += c.lanes) {\n    Eight x", "row <= p.rows; row += c.lanes) {\n    Eight x"),
+    ("norm.cu", "norm: the last chunk is as long as the others", "asan", "left < c.rows ? static_cast<int>(left) : c.rows;", "c.rows;"),
+    ("norm.cu", "norm: a thread has eight channels always", "asan", "p.n = a.C - p.channel < kEach ? a.C - p.channel : kEach;", "p.n = kEach;"),
+    ("norm.cu", "norm: the fast path for any C", "asan", "const bool fast = a.C % kEach == 0;\n  if (const char* error = SAE_LAUNCH(moments",
+     "const bool fast = true;\n  if (const char* error = SAE_LAUNCH(moments"),
+    ("norm.cu", "norm: parameters past the last channel", "asan", "  if (i >= a.C) return;\n", ""),
     ("noise.h", "a Philox round less", "plain", "round < 10", "round < 9"),
     ("noise.h", "sine and cosine swapped", "plain", "eps[i] = r * c;\n    eps[i + 1] = r * s;", "eps[i] = r * s;\n    eps[i + 1] = r * c;"),
     ("noise.h", "the wrong quadrant", "plain", "(quadrant & 2u) << 30;", "(quadrant & 1u) << 31;"),
@@ -88,12 +132,13 @@ MUTANTS = [
 
 # ------------------------------------------------------------------ cases: inputs, and what oracles say
 
-def cases(shapes, path):
+def cases(shapes, path, norms=()):
     """Writes inputs and expected outputs to the npz file `path`.
 
     Attention: transformers' DINOv3 rotation and attention in float64. Gaussian: torch.distributions' KL and autograd in float64, on the
-    noise of sae.philox_normal, which tests/test_ops.py holds to torch's Philox engine. Error: torch's mse_loss. Bounds of attention: twice
-    (gradients three times) the largest error of PyTorch's own computation in the same dtype, plus half an ulp of the largest value.
+    noise of sae.philox_normal, which tests/test_ops.py holds to torch's Philox engine. Error: torch's mse_loss. Norm: torch's group_norm
+    and silu in float64. Bounds of attention: twice (gradients three times) the largest error of PyTorch's own computation in the same
+    dtype, plus half an ulp of the largest value; of norm the same in fp32, plus half an ulp of each value of 16 bits.
     """
     import torch
     from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb, eager_attention_forward
@@ -171,6 +216,24 @@ def cases(shapes, path):
         loss = torch.nn.functional.mse_loss(x, b.double())
         loss.backward(torch.tensor(3., dtype=torch.float64))
         put(f"error {i}", sizes=[t, n], a=a, b=b, expected_mean=loss, expected_da=x.grad)
+
+    for i, (t, B, C, groups, rows, mean) in enumerate(norms):
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[t]
+        x, dy = (torch.randn(B, rows, C).to(dtype) for _ in range(2))
+        x += mean
+        weight, bias = torch.randn(C).to(dtype), torch.randn(C).to(dtype)
+
+        def normalised(d):
+            leaves = [v.to(d).requires_grad_() for v in (x, weight, bias)]
+            y = torch.nn.functional.silu(torch.group_norm(leaves[0].transpose(1, 2), groups, *leaves[1:], 1e-6)).transpose(1, 2)
+            return [y, *torch.autograd.grad(y, leaves, dy.to(d))]
+
+        expected = normalised(torch.float64)
+        grouped = x.double().view(B, rows, groups, -1).transpose(1, 2).flatten(2)
+        var, average = torch.var_mean(grouped, -1, correction=0)
+        put(f"norm {i}", sizes=[t, B, rows, C, groups], x=x, dy=dy, weight=weight.float(), bias=bias.float(), expected_mean=average,
+            expected_rstd=(var + 1e-6).rsqrt(), **{f"expected_{n}": e for n, e in zip(("y", "dx", "dweight", "dbias"), expected)},
+            bounds=[bound(p, e, f) for p, e, f in zip(normalised(torch.float32), expected, (2, 3, 3, 3))])
     np.savez(path, **arrays)
 
 
@@ -180,10 +243,16 @@ SMALL = [(BFLOAT16, 1, 1, 1, 1, 0, 1), (BFLOAT16, 2, 2, 3, 4, 3, 1), (FLOAT16, 1
          (FLOAT32, 1, 2, 5, 7, 2, 1), (FLOAT32, 1, 1, 1, 3, 0, 2)]
 
 
+# (dtype, B, C, groups, rows, mean). ThreadSanitizer knows 8128 fibers, and each costs time: few groups, of 128 threads each.
+NORMS = [(FLOAT32, 2, 24, 4, 300, 0), (BFLOAT16, 1, 128, 8, 110, 0), (FLOAT16, 2, 30, 3, 7, 0), (FLOAT32, 1, 10, 2, 131, 0),
+         (FLOAT32, 1, 64, 8, 100, 1000), (FLOAT32, 1, 2, 2, 1, 0), (BFLOAT16, 1, 16, 1, 1, 0), (FLOAT32, 1, 600, 2, 5, 0),
+         (FLOAT32, 1, 3080, 4, 5, 0)]
+
+
 # ------------------------------------------------------------------ run: numpy only
 
-def run(module, path):
-    """The names of the outputs that are off by more than their bounds, with how far."""
+def run(module, path, *kinds):
+    """The names of the outputs that are off by more than their bounds, with how far; of all cases, or of these kinds."""
     spec = importlib.util.spec_from_file_location("emulate", module)
     emulate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(emulate)
@@ -205,7 +274,7 @@ def run(module, path):
         if not np.all(error <= bound):
             wrong.append(f"{name}: off by {np.max(error):.2e}")
 
-    names = sorted({key.split("/")[0] for key in data.files})
+    names = sorted({key.split("/")[0] for key in data.files if key.startswith(kinds or "")})
     for name in names:
         case = {key.split("/")[1]: data[key] for key in data.files if key.startswith(name + "/")}
         t, *sizes = (int(s) for s in case["sizes"])
@@ -232,6 +301,24 @@ def run(module, path):
             for key, got in (("z", z), ("dmu", dmu), ("dlogvar", dlogvar)):
                 expected = case[f"expected_{key}"]
                 compare(f"{name} {key}", values(got, t), expected, eps * np.abs(expected) + 1e-6 * case[f"scale_{key}"])
+        elif name.startswith("norm"):
+            B, rows, C, groups = sizes
+            x, weight, bias = (address(case[key]) for key in ("x", "weight", "bias"))
+            mean, rstd = unwritten((B, groups), FLOAT32), unwritten((B, groups), FLOAT32)
+            y, dx, dweight, dbias = unwritten((B, rows, C), t), unwritten((B, rows, C), t), unwritten(C, FLOAT32), unwritten(C, FLOAT32)
+            partial, sums = unwritten(emulate.norm_partials(B, rows, C), FLOAT32), np.full(B * 2 * C, np.nan)
+            slope = unwritten(B * 2 * groups, FLOAT32)
+            emulate.group_norm_silu_forward(t, B, rows, C, groups, 1e-6, x, weight, bias, address(mean), address(rstd), address(y),
+                                            address(partial))
+            emulate.group_norm_silu_backward(t, B, rows, C, groups, x, weight, bias, address(mean), address(rstd), address(case["dy"]),
+                                             address(dx), address(dweight), address(dbias), address(partial), address(sums), address(slope))
+            # The means of pieces are rounded to fp32, and they are at most a deviation (or so) from the mean of all.
+            m, r = case["expected_mean"], case["expected_rstd"]
+            compare(f"{name} mean", values(mean, 0), m, 2. ** -23 * np.abs(m) + 1e-7)
+            compare(f"{name} rstd", values(rstd, 0), r, (1e-6 + 2. ** -24 * np.abs(m) * r) * r)
+            for key, got, bound in zip(("y", "dx", "dweight", "dbias"), (y, dx, dweight, dbias), case["bounds"]):
+                expected, u = case[f"expected_{key}"], t if key in ("y", "dx") else FLOAT32
+                compare(f"{name} {key}", values(got, u), expected, bound + (eps * np.abs(expected) if u else 0))
         else:
             n, = sizes
             mean, partial, da = unwritten(1, FLOAT32), np.full(emulate.partials(n), np.nan), unwritten(n, t)
@@ -267,14 +354,14 @@ def compile_kernels(folder, binding, build="plain", chunk=48, sources=SOURCES, c
     return folder / "emulate.so"
 
 
-def verdict(module, path, build, order):
-    """'' when all cases pass, else what was noticed first."""
+def verdict(module, path, build, order, kinds=()):
+    """'' when all cases (of these kinds) pass, else what was noticed first."""
     env = dict(os.environ, EMU_ORDER=str(order), OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1",
                ASAN_OPTIONS="detect_leaks=0", TSAN_OPTIONS="report_mutex_bugs=0:halt_on_error=1")
     if build != "plain":
         runtime = subprocess.run(["g++", f"-print-file-name=lib{build}.so"], capture_output=True, text=True, check=True).stdout.strip()
         env["LD_PRELOAD"] = runtime
-    r = subprocess.run([sys.executable, __file__, "run", module, path], env=env, capture_output=True, text=True, timeout=300)
+    r = subprocess.run([sys.executable, __file__, "run", module, path, *kinds], env=env, capture_output=True, text=True, timeout=300)
     text = r.stdout + r.stderr
     for mark in ("data race", "AddressSanitizer: ", "simt_emu: ", "off by"):
         for line in text.splitlines():
@@ -292,9 +379,10 @@ def check(folder, binding, base, path, mutant):
     csrc.mkdir(parents=True)
     for f in CSRC.iterdir():
         (csrc / f.name).symlink_to(f) if f.name != source else (csrc / f.name).write_text(code.replace(text, replacement))
-    changed = {"attention.cuh": SOURCES[:2], "noise.h": SOURCES[2:]}.get(source, (source,))
+    changed = INCLUDED_BY.get(source, (source,))
     module = compile_kernels(folder, binding, build, sources=changed, csrc=csrc, base=base[build])
-    return verdict(module, path, build, 0) or (verdict(module, path, build, 1) if build == "plain" else "")
+    kinds = [kind for name in changed for kind in CASES_OF[name]]
+    return verdict(module, path, build, 0, kinds) or (verdict(module, path, build, 1, kinds) if build == "plain" else "")
 
 
 def main(only=""):
@@ -303,7 +391,7 @@ def main(only=""):
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        cases(SMALL, folder / "cases.npz")
+        cases(SMALL, folder / "cases.npz", NORMS)
         binding = compile_binding(folder)
         with ThreadPoolExecutor(2) as pool:
             modules = dict(zip(SANITIZERS, pool.map(lambda b: compile_kernels(folder / b, binding, b), SANITIZERS)))

@@ -1,6 +1,7 @@
 """The CUDA kernels without a GPU: the same .cu sources, compiled with g++ against csrc/simt_emu.h, and nvcc's own verdict on them.
 
-Oracles: transformers' DINOv3 attention, torch.distributions, torch's mse_loss (cases in mutate.py), the C++ ops of the CPU.
+Oracles: transformers' DINOv3 attention, torch.distributions, torch's mse_loss, group_norm and silu (cases in mutate.py), the C++ ops of
+the CPU.
 """
 import importlib.util
 import re
@@ -22,6 +23,8 @@ pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++: the ker
 BF16, F16, F32 = mutate.BFLOAT16, mutate.FLOAT16, mutate.FLOAT32
 REAL = [(BF16, 1, 1, 16, 16, 5, 1), (F16, 1, 1, 16, 17, 1, 2), (F32, 1, 1, 9, 11, 5, 1)]
 LARGE = [(BF16, 1, 1, 32, 32, 5, 1)]
+# (dtype, B, C, groups, rows, mean): two widths of the decoder
+NORMS = [(BF16, 1, 1280, 32, 64, 0), (F32, 1, 256, 32, 400, 0), (F16, 1, 256, 32, 100, 0)]
 
 
 @pytest.fixture(scope="session")
@@ -40,12 +43,12 @@ def module(folder, binding):
 
 
 def verdict(module, shapes, folder, order):
-    mutate.cases(shapes, folder / "cases.npz")
+    mutate.cases(shapes, folder / "cases.npz", NORMS)
     return mutate.verdict(module, folder / "cases.npz", "plain", order)
 
 
 @pytest.mark.parametrize("order", [0, 1], ids=["ascending warps", "descending warps"])
-def test_kernels_match_transformers_at_261_tokens_and_past_one_chunk(module, tmp_path, order):
+def test_kernels_match_transformers_at_261_tokens_and_past_one_chunk_and_group_norm_of_torch(module, tmp_path, order):
     assert verdict(module, REAL, tmp_path, order) == ""
 
 

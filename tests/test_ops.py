@@ -1,7 +1,7 @@
 """The ops of sae.py: the reference, the C++ ops and, where there is a GPU, the CUDA ops, all held to the same oracles.
 
-Oracles: transformers' DINOv3 attention and RoPE, torch's own Philox engine (its C++ header), torch.distributions, mse_loss, autograd in
-float64, SciPy's Kolmogorov-Smirnov test. Error rule: against float64, at most twice (gradients three times) the error of PyTorch's own
+Oracles: transformers' DINOv3 attention and RoPE, torch's own Philox engine (its C++ header), torch.distributions, mse_loss, group_norm
+and silu, autograd in float64, SciPy's Kolmogorov-Smirnov test. Error rule: against float64, at most twice (gradients three times) the error of PyTorch's own
 computation in the same dtype.
 """
 import importlib.util
@@ -127,6 +127,10 @@ def test_an_empty_batch_gives_an_empty_output(device, dtype):
     z, kl = sae.reparameterize(mu, mu, 1)
     (z.sum() + kl.sum()).backward()
     assert z.shape == (0, 4) and kl.shape == (0,) and mu.grad.shape == mu.shape
+    x, weight = torch.empty(0, 4, 2, 3, dtype=dtype, device=device, requires_grad=True), torch.ones(4, device=device, requires_grad=True)
+    y = sae.group_norm_silu(x, weight, weight, 2)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape and not weight.grad.any()
 
 
 @device
@@ -263,6 +267,14 @@ def test_tensors_of_more_than_2_31_elements_are_read_to_the_end():
     z, kl = sae.reparameterize(a.view(2, -1), b.view(2, -1), 1)
     assert kl[0].item() == 0 and kl[1].item() == 1024 ** 2 / 2
     assert torch.equal(z.view(-1)[-100:-1], sae.philox_normal(99, 1, n - 100, device="cuda").bfloat16())
+    del a, b, z
+    x, dy, weight, bias = norm_arguments((1, 32, 32, 32), torch.bfloat16, "cuda")
+    many = torch.zeros(2 ** 16 + 1, 32, 32, 32, dtype=torch.bfloat16, device="cuda").permute(0, 3, 1, 2)
+    gradient = torch.zeros_like(many)
+    many[-1:], gradient[-1:] = x, dy
+    for last, alone, per_sample in zip(norm_and_gradients(sae.group_norm_silu, many, gradient, weight, bias, 16),
+                                  norm_and_gradients(sae.group_norm_silu, x, dy, weight, bias, 16), (True, True, False, False)):
+        torch.testing.assert_close(last[-1:] if per_sample else last, alone)
 
 
 # ------------------------------------------------------------------ feature MSE
@@ -297,20 +309,184 @@ def test_feature_mse_gives_the_teacher_no_gradient_and_takes_the_wider_dtype(dev
     torch.testing.assert_close(loss.detach(), F.mse_loss(student.detach().float(), teacher.detach()))
 
 
+# ------------------------------------------------------------------ SiLU of group norm
+
+def norm_arguments(shape, dtype=torch.float32, device="cpu", mean=0., seed=6):
+    """x and the gradient of y in channels_last, weight, bias; all representable in dtype."""
+    g = torch.Generator().manual_seed(seed)
+    x, dy = (torch.randn(shape, generator=g).to(device, dtype, memory_format=torch.channels_last) for _ in range(2))
+    weight, bias = (torch.randn(shape[1], generator=g).to(device, dtype) for _ in range(2))
+    return x + mean, dy, weight, bias
+
+
+def pytorch_group_norm_silu(x, weight, bias, groups):
+    return F.silu(torch.group_norm(x, groups, weight, bias, 1e-6))
+
+
+def norm_and_gradients(f, x, dy, weight, bias, groups):
+    """y and the gradients of x, weight and bias."""
+    inputs = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, weight, bias)]
+    y = f(*inputs, groups)
+    return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+
+
+# Widths of the decoder, one that 16 lanes do not divide, groups of no power of 2, one row of pixels, many chunks, samples one by one.
+NORM_SHAPES = [((2, 128, 9, 7), 32), ((1, 1280, 8, 8), 32), ((2, 24, 5, 7), 8), ((3, 30, 3, 3), 3), ((2, 6, 1, 50), 1), ((2, 256, 24, 31), 32),
+               ((3, 64, 128, 128), 32)]
+
+
+@device
+@dtype
+@pytest.mark.parametrize("shape, groups", NORM_SHAPES)
+def test_group_norm_silu_errs_at_most_twice_and_its_gradients_three_times_as_much_as_pytorch(device, dtype, shape, groups):
+    x, dy, weight, bias = norm_arguments(shape, dtype, device)
+    expected = norm_and_gradients(pytorch_group_norm_silu, *(t.double() for t in (x, dy, weight, bias)), groups)
+    own = norm_and_gradients(pytorch_group_norm_silu, x, dy, weight, bias, groups)
+    for f in (sae.group_norm_silu, sae.group_norm_silu_reference):
+        for parameters in (torch.float32, dtype):
+            ours = norm_and_gradients(f, x, dy, weight.to(parameters), bias.to(parameters), groups)
+            assert [t.dtype for t in ours] == [dtype, dtype, parameters, parameters]
+            for a, p, e, factor in zip(ours, own, expected, (2, 3, 3, 3)):
+                assert relative(a, e) <= factor * relative(p, e) + half_ulp(a.dtype)         # that of the result's own rounding
+
+
+@device
+@dtype
+@pytest.mark.parametrize("shape, groups", [((1, 1, 1, 2), 1), ((2, 4, 1, 1), 2), ((1, 17, 1, 3), 1), ((2, 2, 2, 2), 2)])
+def test_group_norm_silu_of_a_few_values_is_off_by_no_more_than_rounding(device, dtype, shape, groups):
+    x, dy, weight, bias = norm_arguments(shape, dtype, device)
+    expected = norm_and_gradients(pytorch_group_norm_silu, *(t.double() for t in (x, dy, weight, bias)), groups)
+    ours = norm_and_gradients(sae.group_norm_silu, x, dy, weight.float(), bias.float(), groups)
+    for a, e in zip(ours, expected):
+        # A dx of a few values is a difference of terms as large as rstd |weight dy|: with these at most 10.
+        assert ((a.double() - e).abs() <= half_ulp(a.dtype) * e.abs() + 32 * half_ulp(torch.float32) * 2).all()
+
+
+@device
+def test_group_norm_silu_of_one_value_is_silu_of_the_bias(device):
+    x, dy, weight, bias = norm_arguments((1, 5, 1, 1), device=device, mean=100.)
+    torch.testing.assert_close(sae.group_norm_silu(x, weight, bias, 5).flatten(), F.silu(bias), rtol=1e-6, atol=1e-6)
+
+
+@built
+@device
+@pytest.mark.parametrize("shape, groups", NORM_SHAPES)
+def test_a_mean_a_thousand_times_the_deviation_costs_only_the_rounding_of_the_mean(device, shape, groups):
+    x, dy, weight, bias = norm_arguments(shape, device=device, mean=1000.)
+    expected = norm_and_gradients(pytorch_group_norm_silu, *(t.double() for t in (x, dy, weight, bias)), groups)
+    ours = norm_and_gradients(sae.group_norm_silu, x, dy, weight, bias, groups)
+    # In fp32 1000 is off by up to 2^-15; the deviation is about 1 and silu' at most 1.1.
+    assert ((ours[0] - expected[0]).abs() <= 1.2 * 2 ** -15 * weight.abs().view(-1, 1, 1) + 2e-6).all()
+    for a, e in zip(ours[1:], expected[1:]):
+        assert relative(a, e) <= 2 * 2 ** -15
+
+
+@built
+@device
+def test_an_outlier_costs_the_others_nothing(device):
+    x, dy, weight, bias = norm_arguments((1, 32, 64, 64), device=device)
+    x[:, :, 0, 0] = 1e4                                       # a hundred times the deviation that it gives its group
+    y, expected = sae.group_norm_silu(x, weight, bias, 32), pytorch_group_norm_silu(x.double(), weight.double(), bias.double(), 32)
+    assert ((y - expected).abs() <= 4e-6 * (1 + expected.abs())).all()
+
+
+@built
+@device
+@dtype
+def test_group_norm_silu_of_views_equals_that_of_copies_and_is_channels_last(device, dtype):
+    x, dy, weight, bias = norm_arguments((2, 24, 6, 5), dtype, device)
+    expected = norm_and_gradients(sae.group_norm_silu, x, dy, weight, bias, 8)
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in expected[:2])
+    storage = torch.empty(x.numel() + 1, dtype=dtype, device=device)
+    misaligned = storage[1:].view(2, 6, 5, 24).permute(0, 3, 1, 2).copy_(x)
+    wide = torch.zeros(2, 48, 6, 5, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+    wide[:, ::2] = x
+    for view in (x.contiguous(), misaligned, wide[:, ::2], x.transpose(2, 3).contiguous().transpose(2, 3)):
+        for dview in (dy, dy.contiguous()):
+            leaf = view.detach().requires_grad_()
+            y = sae.group_norm_silu(leaf, weight, bias, 8)
+            assert torch.equal(y, expected[0]) and y.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(torch.autograd.grad(y, leaf, dview)[0], expected[1])
+
+
+@built
+@device
+def test_backward_of_group_norm_silu_keeps_x_and_two_numbers_a_group(device):
+    x, _, weight, bias = norm_arguments((2, 64, 16, 16), device=device)
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        sae.group_norm_silu(x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), 32)
+    assert kept.pop(x.data_ptr()) == x.nbytes
+    assert sum(kept.values()) == weight.nbytes + bias.nbytes + 2 * 4 * 2 * 32
+
+
+@device
+def test_under_autocast_group_norm_silu_keeps_bf16_and_its_parameters_get_fp32_gradients(device):
+    block = sae.ResBlock(32, 64).to(device)
+    seen = []
+    for norm in (block.norm1, block.norm2):
+        norm.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    x = torch.randn(2, 32, 8, 8, device=device).bfloat16().requires_grad_()
+    with torch.autocast(device, torch.bfloat16):
+        y = block(x)
+    y.float().square().mean().backward()
+    assert seen == [torch.bfloat16] * 2 and y.dtype == x.grad.dtype == torch.bfloat16
+    assert {p.grad.dtype for p in block.parameters()} == {torch.float32}
+
+
+def test_group_norm_silu_passes_gradcheck_in_float64():
+    x, _, weight, bias = norm_arguments((2, 6, 2, 3), torch.float64)
+    f = lambda x, weight, bias: sae.group_norm_silu(x, weight, bias, 3)
+    assert torch.autograd.gradcheck(f, [t.requires_grad_() for t in (x, weight, bias)])
+
+
+@built
+@device
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["x", "weight", "bias"])
+def test_nan_and_inf_spread_through_group_norm_silu_as_in_pytorch(device, value, where):
+    x, dy, weight, bias = norm_arguments((2, 24, 3, 5), device=device)
+    {"x": x[1, 7, 2], "weight": weight[3:], "bias": bias[3:]}[where][0] = value
+    ours = norm_and_gradients(sae.group_norm_silu, x, dy, weight, bias, 8)
+    own = norm_and_gradients(pytorch_group_norm_silu, x.double(), dy.double(), weight.double(), bias.double(), 8)
+    for a, p in zip(ours, own):
+        assert torch.equal(a.isfinite(), p.isfinite())
+
+
 # ------------------------------------------------------------------ as PyTorch ops
 
 def arguments(device, dtype=torch.float32):
     rope = sae.rope_tables(2, 3, device=device)
     qkv = packed(2, 7, 2, dtype=dtype, device=device).requires_grad_()
     mu, logvar = (torch.randn(2, 6, 5, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
-    return {"attention": (qkv, *rope, 1), "reparameterize": (mu, logvar, 5, 2), "feature_mse": (mu, logvar.detach())}
+    x = torch.randn(2, 3, 5, 6, device=device, dtype=dtype, requires_grad=True)
+    weight, bias = (torch.randn(6, device=device, requires_grad=True) for _ in range(2))
+    return {"attention": (qkv, *rope, 1), "reparameterize": (mu, logvar, 5, 2), "feature_mse": (mu, logvar.detach()),
+            "group_norm_silu": (x, weight, bias, 3, 1e-6)}
 
 
 @built
 @device
-@pytest.mark.parametrize("op", ["attention", "reparameterize", "feature_mse"])
+@pytest.mark.parametrize("op", ["attention", "reparameterize", "feature_mse", "group_norm_silu"])
 def test_opcheck_accepts_the_op(device, op):
     torch.library.opcheck(getattr(torch.ops.sae, op).default, arguments(device)[op])
+
+
+@built
+@device
+@pytest.mark.parametrize("op", ["attention", "reparameterize", "feature_mse", "group_norm_silu"])
+def test_a_gradient_of_a_gradient_is_refused_in_one_sentence(device, op):
+    inputs = arguments(device)[op]
+    out = getattr(torch.ops.sae, op)(*inputs)
+    out = out if isinstance(out, torch.Tensor) else out[0]
+    gradient, = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{op} of csrc has a gradient, but no gradient of its gradient"):
+        gradient.square().sum().backward()
 
 
 @built
@@ -318,16 +494,20 @@ def test_opcheck_accepts_the_op(device, op):
 def test_compiled_ops_equal_eager_ones_in_one_graph_and_a_new_seed_compiles_nothing(device):
     qkv, rows, cols, prefix = arguments(device)["attention"]
     mu, logvar = arguments(device)["reparameterize"][:2]
+    ones = torch.ones(2, device=device)
 
     def f(qkv, mu, logvar, seed):
         z, kl = sae.reparameterize(mu, logvar, seed, seed * 4)
-        return sae.attention(qkv * 2, (rows, cols), prefix).square().mean() + z.square().sum() + kl.sum() + sae.feature_mse(mu * 3, logvar)
+        y = sae.group_norm_silu(qkv.flatten(2)[:, None].expand(-1, 2, -1, -1) + 1, ones, ones, 2)
+        return (sae.attention(qkv * 2, (rows, cols), prefix).square().mean() + z.square().sum() + kl.sum() + sae.feature_mse(mu * 3, logvar)
+                + y.square().sum())
 
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(f, fullgraph=True, backend=counter)
     for seed in range(3, 9):
-        for x, y in zip(torch.autograd.grad(compiled(qkv, mu, logvar, seed), [qkv, mu, logvar]), torch.autograd.grad(f(qkv, mu, logvar, seed), [qkv, mu, logvar])):
+        inputs = [qkv, mu, logvar]
+        for x, y in zip(torch.autograd.grad(compiled(*inputs, seed), inputs), torch.autograd.grad(f(*inputs, seed), inputs)):
             torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
     assert counter.frame_count <= 2                           # one for the first seed, one for all others
 
@@ -338,12 +518,13 @@ def test_compiled_ops_equal_eager_ones_in_one_graph_and_a_new_seed_compiles_noth
 def test_results_are_the_same_bits_every_time_and_at_any_thread_count(device, dtype):
     qkv, rope = packed(2, 261, 3, dtype=dtype, device=device), sae.rope_tables(16, 16, device=device)
     mu = torch.randn(3, 20000, device=device, dtype=dtype)
+    image, dy, weight, bias = norm_arguments((3, 48, 40, 30), dtype, device)
 
     def everything():
         x, m = qkv.clone().requires_grad_(), mu.clone().requires_grad_()
         out, (z, kl), loss = sae.attention(x, rope, 5), sae.reparameterize(m, m, 1), sae.feature_mse(m, mu * 2)
         torch.autograd.backward([out, z, kl, loss], [torch.ones_like(out), torch.ones_like(z), torch.ones_like(kl), torch.ones_like(loss)])
-        return [out, z, kl, loss, x.grad, m.grad]
+        return [out, z, kl, loss, x.grad, m.grad, *norm_and_gradients(sae.group_norm_silu, image, dy, weight, bias, 16)]
 
     threads = torch.get_num_threads()
     first = everything()
@@ -383,6 +564,10 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     loss = sae.feature_mse(mu, logvar.detach())
     torch.autograd.backward([z, kl.sum(), loss], [torch.ones_like(z), None, None])
     out += [o.detach(), qkv.grad, z.detach(), kl.detach(), loss.detach(), mu.grad, logvar.grad]
+    x, dy = (torch.randn(2, 30, 40, 31).to(dtype) for _ in range(2))
+    x, weight, bias = x.requires_grad_(), torch.randn(30).requires_grad_(), torch.randn(30).requires_grad_()
+    y = sae.group_norm_silu(x, weight, bias, 10)
+    out += [y.detach(), *torch.autograd.grad(y, [x, weight, bias], dy)]
     zero = torch.zeros(1, 5000)
     out.append(sae.reparameterize(zero, zero, 2**40 + 5, 2**35 + 2)[0])
 '''
@@ -393,7 +578,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     best, lesser = here["out"], torch.load(tmp_path / "lesser.pt")
     assert lesser[0] == kernels
     for i, (x, y) in enumerate(zip(best[1:], lesser[1:])):
-        assert torch.equal(x, y) if i % 8 == 7 else relative(x, y) < 16 * half_ulp(x.dtype)    # noise: the same bits
+        assert torch.equal(x, y) if i % 12 == 11 else relative(x, y) < 16 * half_ulp(x.dtype)  # noise: the same bits
 
 
 # ------------------------------------------------------------------ errors
@@ -411,6 +596,13 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     (lambda: sae.reparameterize(torch.zeros(2, 3), torch.zeros(2, 3), -1), "seed -1"),
     (lambda: sae.reparameterize(torch.zeros(2, 3), torch.zeros(2, 3), 0, 2 ** 63), "offset 9223372036854775808"),
     (lambda: sae.feature_mse(torch.zeros(2, 3), torch.zeros(3, 2)), r"teacher \[3, 2\]"),
+    (lambda: sae.group_norm_silu(torch.zeros(2, 6, 3), torch.zeros(6), torch.zeros(6), 2), r"x is \[2, 6, 3\]"),
+    (lambda: sae.group_norm_silu(torch.zeros(2, 6, 3, 3), torch.zeros(6), torch.zeros(6), 4), r"\[2, 6, 3, 3\].* multiple of the 4 groups"),
+    (lambda: sae.group_norm_silu(torch.zeros(2, 6, 3, 3), torch.zeros(6), torch.zeros(6), 0), "multiple of the 0 groups"),
+    (lambda: sae.group_norm_silu(torch.zeros(2, 6, 0, 3), torch.zeros(6), torch.zeros(6), 2), r"\[2, 6, 0, 3\].* no side 0"),
+    (lambda: sae.group_norm_silu(torch.zeros(2, 6, 3, 3), torch.zeros(6), torch.zeros(5), 2), r"bias is \[5\].* it must be \[6\]"),
+    (lambda: sae.group_norm_silu(torch.zeros(2, 6, 3, 3), torch.zeros(6).bfloat16(), torch.zeros(6), 2), "weight is .* torch.bfloat16"),
+    (lambda: sae.group_norm_silu(torch.zeros(2, 6, 3, 3), torch.zeros(6), torch.zeros(6, device="meta"), 2), "bias is .* meta"),
 ])
 def test_arguments_that_do_not_fit_give_one_sentence_with_the_values(call, message):
     with pytest.raises(ValueError, match=message) as e:
@@ -430,6 +622,13 @@ def test_arguments_that_do_not_fit_give_one_sentence_with_the_values(call, messa
     lambda op: op.reparameterize_backward(torch.zeros(2, 3), torch.zeros(3), torch.zeros(2, 3), torch.zeros(2, 3), 0, 0),
     lambda op: op.feature_mse(torch.zeros(2), torch.zeros(3)),
     lambda op: op.feature_mse_backward(torch.zeros(2), torch.zeros(3), torch.zeros(3)),
+    lambda op: op.group_norm_silu(torch.zeros(2, 9, 6), torch.zeros(6), torch.zeros(5), 2, 1e-6),
+    lambda op: op.group_norm_silu(torch.zeros(2, 9, 6), torch.zeros(6), torch.zeros(6).double(), 2, 1e-6),
+    lambda op: op.group_norm_silu(torch.zeros(2, 9, 6), torch.zeros(6), torch.zeros(6), 4, 1e-6),
+    lambda op: op.group_norm_silu(torch.zeros(2, 9, 6).double(), torch.zeros(6), torch.zeros(6), 2, 1e-6),
+    lambda op: op.group_norm_silu(torch.zeros(6), torch.zeros(6), torch.zeros(6), 2, 1e-6),
+    lambda op: op.group_norm_silu_backward(torch.zeros(2, 8, 6), torch.zeros(2, 9, 6), *torch.zeros(2, 6), *torch.zeros(2, 2, 2), 2),
+    lambda op: op.group_norm_silu_backward(torch.zeros(2, 9, 6), torch.zeros(2, 9, 6), *torch.zeros(2, 6), *torch.zeros(2, 2, 1), 2),
 ])
 def test_the_raw_ops_refuse_what_they_would_read_out_of_bounds(call):
     with pytest.raises(RuntimeError, match="sae: "):

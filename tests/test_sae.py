@@ -218,6 +218,41 @@ def test_documented_shapes_hold_at_every_f(f):
     assert xhat.shape == x.shape and kl.shape == (2,) and torch.equal(student, patches)
 
 
+class PlainBlock(torch.nn.Module):
+    """sae.ResBlock of torch.nn's layers."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.norm1, self.norm2 = (torch.nn.GroupNorm(n.num_groups, n.num_channels, eps=1e-6) for n in (block.norm1, block.norm2))
+        self.conv1, self.conv2, self.skip = block.conv1, block.conv2, block.skip
+
+    def forward(self, x):
+        h = self.conv1(torch.nn.functional.silu(self.norm1(x)))
+        return self.skip(x) + self.conv2(torch.nn.functional.silu(self.norm2(h)))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_decoder_equals_its_layers_of_torch_nn_under_the_same_parameter_names(memory_format, tiny):
+    ours = copy.deepcopy(tiny.decoder).to(memory_format=memory_format)
+    for name, p in ours.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(p)
+    *layers, norm, _, conv = ours
+    plain = torch.nn.Sequential(*[PlainBlock(m) if isinstance(m, sae.ResBlock) else m for m in layers],
+                                torch.nn.GroupNorm(norm.num_groups, norm.num_channels, eps=1e-6), torch.nn.SiLU(), conv)
+    plain.load_state_dict(ours.state_dict())
+    z = torch.randn(2, 8, 4, 6, generator=torch.Generator().manual_seed(3)).to(memory_format=memory_format)
+    grads = []
+    for model in ours, plain:
+        model.zero_grad()
+        y = model(z)
+        y.square().mean().backward()
+        grads.append({"y": y.detach(), **{n: p.grad.clone() for n, p in model.named_parameters()}})
+    for name, g in grads[1].items():
+        # A bias before a norm of one channel a group has no effect: its gradient is rounding.
+        assert relative(grads[0][name], g) <= 1e-4 or g.norm() < 1e-4 * grads[1]["y"].norm(), name
+
+
 def test_the_papers_decoder_has_its_five_widths():
     with torch.device("meta"):
         model = SAE(SAEConfig())

@@ -1,0 +1,75 @@
+// What the kernels share that stream tensors through registers: eight values a thread, in one load of 16 bytes or two.
+#pragma once
+#include "cuda.h"
+#include "simt.cuh"
+
+#ifdef __CUDACC__
+#define SAE_INLINE __device__ __forceinline__
+#else
+#define SAE_INLINE inline
+#endif
+
+namespace sae {
+namespace cuda {
+namespace {
+
+constexpr int kEach = 8;
+
+// A pointer of the fast path is aligned to 16 bytes; the other path reads or writes the first n values alone.
+struct Eight { float v[kEach]; };
+SAE_INLINE Eight load(const float* p) {
+  const float4 x = reinterpret_cast<const float4*>(p)[0], y = reinterpret_cast<const float4*>(p)[1];
+  return {{x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w}};
+}
+SAE_INLINE void store(float* p, const Eight& e) {
+  reinterpret_cast<float4*>(p)[0] = float4{e.v[0], e.v[1], e.v[2], e.v[3]};
+  reinterpret_cast<float4*>(p)[1] = float4{e.v[4], e.v[5], e.v[6], e.v[7]};
+}
+template <class T>
+SAE_INLINE Eight load(const T* p) {
+  const uint4 x = *reinterpret_cast<const uint4*>(p);
+  const float2 a = unpack<T>(x.x), b = unpack<T>(x.y), c = unpack<T>(x.z), d = unpack<T>(x.w);
+  return {{a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y}};
+}
+template <class T>
+SAE_INLINE void store(T* p, const Eight& e) {
+  *reinterpret_cast<uint4*>(p) = uint4{pack<T>(e.v[0], e.v[1]), pack<T>(e.v[2], e.v[3]), pack<T>(e.v[4], e.v[5]), pack<T>(e.v[6], e.v[7])};
+}
+SAE_INLINE float load_one(const float* p) { return *p; }
+template <class T>
+SAE_INLINE float load_one(const T* p) { return unpack<T>(p->bits).x; }
+SAE_INLINE void store_one(float* p, float v) { *p = v; }
+template <class T>
+SAE_INLINE void store_one(T* p, float v) { p->bits = static_cast<uint16_t>(pack<T>(v, 0.f)); }
+template <bool kFast, class T>
+SAE_INLINE Eight load(const T* p, int n) {
+  if constexpr (kFast) {
+    return load(p);
+  } else {
+    Eight e{};
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      if (i < n) e.v[i] = load_one(p + i);
+    return e;
+  }
+}
+template <bool kFast, class T>
+SAE_INLINE void store(T* p, const Eight& e, int n) {
+  if constexpr (kFast) {
+    store(p, e);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      if (i < n) store_one(p + i, e.v[i]);
+  }
+}
+
+// kernel<T, fast>(arguments...) for a type that is known at run time
+#define SAE_LAUNCH(kernel, type, fast, blocks, threads, shared, ...)                                                                    \
+  (type == Type::f32    ? launch(fast ? kernel<float, true> : kernel<float, false>, blocks, threads, shared, stream, __VA_ARGS__)       \
+   : type == Type::bf16 ? launch(fast ? kernel<bf16_t, true> : kernel<bf16_t, false>, blocks, threads, shared, stream, __VA_ARGS__)     \
+                        : launch(fast ? kernel<fp16_t, true> : kernel<fp16_t, false>, blocks, threads, shared, stream, __VA_ARGS__))
+
+}  // namespace
+}  // namespace cuda
+}  // namespace sae

@@ -1,0 +1,330 @@
+// y = silu(group_norm(x)) of channels_last tensors, and its backward. With xhat = (x - mean) rstd, u = weight xhat + bias:
+//
+//   forward    mean and rstd of each group;  y = u sigmoid(u)                      reads x twice; writes y, mean, rstd
+//   backward   du = dy sigmoid(u) (1 + u (1 - sigmoid(u)));  dbias = sum du,  dweight = sum du xhat
+//              dx = rstd (weight du - mean(weight du) - xhat mean(weight du xhat))     reads x and dy twice; writes dx
+//
+// Eager reads x twice and the normalised tensor once, writes it and y, and keeps it for backward; here backward computes it again.
+// A block takes a chunk of rows of one sample; a thread takes eight neighbouring channels of every `lanes`-th row, so its constants
+// stay in registers and its loads are whole. Both directions first write sums of each channel of each chunk to `partial`, a second
+// kernel adds those in double, always in the same order (no atomics), and a third goes over the rows again, partly from the L2 cache.
+//
+// Variance: a thread's deviations are those from its own first value, and pieces join by Chan's formula (mean, sum of squared
+// deviations), so that neither a mean far from zero nor one outlier costs digits.
+// Shared memory: 64 bytes a thread. Fast where C is a multiple of 8; otherwise a thread loads its channels one by one.
+#include "eight.cuh"
+
+namespace sae {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 384, kFinishThreads = 128;                      // twice 384 leave 80 registers a thread, enough for two rows at once
+constexpr int kMaxLanes = 32, kMinRows = 4, kMaxRows = 16;               // rows of a chunk at a time; rows of a thread
+constexpr int64_t kWantedBlocks = 256;                                   // about two to a multiprocessor, if the tensor is large enough
+constexpr float kLog2e = 1.4426950408889634f;
+
+// How the work is cut: a function of the shape alone, so that results do not depend on the device.
+struct Cut {
+  int columns, lanes, tiles;                                             // of a block: eights of channels, rows; blocks to a row
+  int rows;                                                              // of a chunk
+  int64_t chunks;                                                        // of a sample
+};
+Cut cut(const GroupNorm& a) {
+  const int eights = (a.C + kEach - 1) / kEach;
+  Cut c;
+  c.tiles = (eights + kThreads - 1) / kThreads;
+  c.columns = (eights + c.tiles - 1) / c.tiles;
+  c.lanes = kThreads / c.columns < kMaxLanes ? kThreads / c.columns : kMaxLanes;
+  const int64_t rows_of_thread = a.B * a.rows * c.tiles / (c.lanes * kWantedBlocks);
+  c.rows = c.lanes * static_cast<int>(rows_of_thread < kMinRows ? kMinRows : rows_of_thread > kMaxRows ? kMaxRows : rows_of_thread);
+  c.chunks = (a.rows + c.rows - 1) / c.rows;
+  return c;
+}
+int64_t blocks(const GroupNorm& a, const Cut& c) { return a.B * c.chunks * c.tiles; }
+int threads(const Cut& c) { return c.columns * c.lanes; }
+
+// What a thread works on: channels channel .. channel + n - 1 of rows lane, lane + lanes, ... below `rows` of a chunk.
+struct Place {
+  int64_t sample, chunk, first;                                          // element of the chunk's first row, at `channel`
+  int rows, lane, column, channel, n;                                    // n <= 0: none
+};
+SAE_INLINE Place place(const GroupNorm& a, const Cut& c) {
+  Place p;
+  const int tile = blockIdx.x % c.tiles;
+  const int64_t task = blockIdx.x / c.tiles;
+  p.sample = task / c.chunks;
+  p.chunk = task % c.chunks;
+  const int64_t left = a.rows - p.chunk * c.rows;
+  p.rows = left < c.rows ? static_cast<int>(left) : c.rows;
+  p.lane = threadIdx.x / c.columns;
+  p.column = threadIdx.x % c.columns;
+  p.channel = (tile * c.columns + p.column) * kEach;
+  p.n = a.C - p.channel < kEach ? a.C - p.channel : kEach;
+  p.first = (p.sample * a.rows + p.chunk * c.rows) * a.C + p.channel;
+  return p;
+}
+template <class T, class E>
+SAE_INLINE E* at(T* tensor, const GroupNorm& a, const Place& p, int row) {
+  return static_cast<E*>(tensor) + p.first + static_cast<int64_t>(row) * a.C;
+}
+// value(channel, group) for the eight channels of a thread
+template <class Value>
+SAE_INLINE Eight constants(const GroupNorm& a, const Place& p, Value value) {
+  const int width = a.C / a.groups;
+  int g = p.channel / width, next = (g + 1) * width;
+  Eight e{};
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    if (p.channel + j == next) ++g, next += width;
+    if (j < p.n) e.v[j] = value(p.channel + j, g);
+  }
+  return e;
+}
+SAE_INLINE float sigmoid(float u) { return fast_divide(1.f, 1.f + fast_exp2(-kLog2e * u)); }
+
+// Shared memory: two numbers of each channel of each lane, [2, lanes, columns * 8].
+SAE_INLINE float* lane_values(const Cut& c, int which, int lane) {
+  return shared_memory<float>() + (which * c.lanes + lane) * c.columns * kEach;
+}
+// The channel that the thread sums up over lanes, in shared memory and in `partial` [B, chunks, 2, C].
+SAE_INLINE float* partial(const GroupNorm& a, const Cut& c, const Place& p, int which) {
+  return a.partial + ((p.sample * c.chunks + p.chunk) * 2 + which) * a.C;
+}
+
+template <class T, bool kFast>
+__global__ void __launch_bounds__(kThreads, 2) moments_kernel(const GroupNorm a, const Cut c) {
+  const Place p = place(a, c);
+  if (p.n > 0) {
+    Eight shift{}, sum{}, square{};
+    if (p.lane < p.rows) shift = load<kFast>(at<const void, const T>(a.x, a, p, p.lane), p.n);
+#pragma unroll 4
+    for (int row = p.lane + c.lanes; row < p.rows; row += c.lanes) {
+      const Eight x = load<kFast>(at<const void, const T>(a.x, a, p, row), p.n);
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) {
+        const float d = x.v[j] - shift.v[j];
+        sum.v[j] += d;
+        square.v[j] = __fmaf_rn(d, d, square.v[j]);
+      }
+    }
+    const int count = (p.rows - p.lane + c.lanes - 1) / c.lanes;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const float mean = count > 0 ? sum.v[j] / static_cast<float>(count) : 0.f;
+      square.v[j] = __fmaf_rn(-sum.v[j], mean, square.v[j]);
+      shift.v[j] += mean;
+    }
+    store(lane_values(c, 0, p.lane) + p.column * kEach, shift);
+    store(lane_values(c, 1, p.lane) + p.column * kEach, square);
+  }
+  __syncthreads();
+  const int lanes = p.rows < c.lanes ? p.rows : c.lanes;                 // that have a row
+  for (int i = threadIdx.x; i < c.columns * kEach; i += blockDim.x) {
+    const int channel = p.channel - p.column * kEach + i;
+    if (channel >= a.C) break;
+    const float shift = lane_values(c, 0, 0)[i];
+    float mean = 0.f, square = 0.f;
+    for (int l = 1; l < lanes; ++l) mean += (lane_values(c, 0, l)[i] - shift) * static_cast<float>((p.rows - l + c.lanes - 1) / c.lanes);
+    mean = shift + mean / static_cast<float>(p.rows);
+    for (int l = 0; l < lanes; ++l) {
+      const float d = lane_values(c, 0, l)[i] - mean;
+      square += __fmaf_rn(d * d, static_cast<float>((p.rows - l + c.lanes - 1) / c.lanes), lane_values(c, 1, l)[i]);
+    }
+    partial(a, c, p, 0)[channel] = mean;
+    partial(a, c, p, 1)[channel] = square;
+  }
+}
+
+// The sum over the block, in every thread: always in the same order.
+SAE_INLINE double block_sum(double v, double* shared) {
+  __syncthreads();
+  shared[threadIdx.x] = v;
+  for (int half = kFinishThreads / 2; half; half /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+  }
+  __syncthreads();
+  return shared[0];
+}
+
+// A block to a group of a sample: Chan's formula over its channels and chunks.
+__global__ void __launch_bounds__(kFinishThreads) statistics_kernel(const GroupNorm a, const Cut c) {
+  double* shared = shared_memory<double>();
+  const int width = a.C / a.groups, g = blockIdx.x % a.groups;
+  const int64_t sample = blockIdx.x / a.groups, entries = c.chunks * width;
+  const float* means = a.partial + sample * c.chunks * 2 * a.C + g * width;
+  const auto count = [&](int64_t chunk) {
+    const int64_t left = a.rows - chunk * c.rows;
+    return static_cast<double>(left < c.rows ? left : c.rows);
+  };
+  double mean = 0., square = 0.;
+  for (int64_t i = threadIdx.x; i < entries; i += kFinishThreads) mean += means[i / width * 2 * a.C + i % width] * count(i / width);
+  mean = block_sum(mean, shared) / static_cast<double>(a.rows * width);
+  for (int64_t i = threadIdx.x; i < entries; i += kFinishThreads) {
+    const float* m = means + i / width * 2 * a.C + i % width;
+    square += m[a.C] + (m[0] - mean) * (m[0] - mean) * count(i / width);
+  }
+  square = block_sum(square, shared);
+  if (threadIdx.x == 0) {
+    a.mean[blockIdx.x] = static_cast<float>(mean);
+    a.rstd[blockIdx.x] = static_cast<float>(1. / sqrt(square / static_cast<double>(a.rows * width) + a.eps));
+  }
+}
+
+// u = (x - mean) scale + bias, scale = rstd weight
+struct Affine { Eight mean, scale, bias; };
+SAE_INLINE Affine affine(const GroupNorm& a, const Place& p) {
+  const float *mean = a.mean + p.sample * a.groups, *rstd = a.rstd + p.sample * a.groups;
+  return {constants(a, p, [&](int, int g) { return mean[g]; }), constants(a, p, [&](int i, int g) { return rstd[g] * a.weight[i]; }),
+          constants(a, p, [&](int i, int) { return a.bias[i]; })};
+}
+
+template <class T, bool kFast>
+__global__ void __launch_bounds__(kThreads, 2) forward_kernel(const GroupNorm a, const Cut c) {
+  const Place p = place(a, c);
+  if (p.n <= 0) return;
+  const Affine k = affine(a, p);
+#pragma unroll 2
+  for (int row = p.lane; row < p.rows; row += c.lanes) {
+    Eight x = load<kFast>(at<const void, const T>(a.x, a, p, row), p.n);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const float u = __fmaf_rn(x.v[j] - k.mean.v[j], k.scale.v[j], k.bias.v[j]);
+      x.v[j] = u * sigmoid(u);
+    }
+    store<kFast>(at<void, T>(a.y, a, p, row), x, p.n);
+  }
+}
+
+SAE_INLINE float silu_gradient(float dy, float u) {
+  const float sigma = sigmoid(u);
+  return dy * sigma * __fmaf_rn(u, 1.f - sigma, 1.f);
+}
+
+// Of each channel of a chunk: sum du, sum du (x - mean)
+template <class T, bool kFast>
+__global__ void __launch_bounds__(kThreads, 2) sums_kernel(const GroupNorm a, const Cut c) {
+  const Place p = place(a, c);
+  if (p.n > 0) {
+    const Affine k = affine(a, p);
+    Eight sum{}, product{};
+#pragma unroll 2
+    for (int row = p.lane; row < p.rows; row += c.lanes) {
+      const Eight x = load<kFast>(at<const void, const T>(a.x, a, p, row), p.n);
+      const Eight dy = load<kFast>(at<const void, const T>(a.dy, a, p, row), p.n);
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) {
+        const float d = x.v[j] - k.mean.v[j], du = silu_gradient(dy.v[j], __fmaf_rn(d, k.scale.v[j], k.bias.v[j]));
+        sum.v[j] += du;
+        product.v[j] = __fmaf_rn(du, d, product.v[j]);
+      }
+    }
+    store(lane_values(c, 0, p.lane) + p.column * kEach, sum);
+    store(lane_values(c, 1, p.lane) + p.column * kEach, product);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < c.columns * kEach; i += blockDim.x) {
+    const int channel = p.channel - p.column * kEach + i;
+    if (channel >= a.C) break;
+    float sum = 0.f, product = 0.f;
+    for (int l = 0; l < c.lanes; ++l) sum += lane_values(c, 0, l)[i], product += lane_values(c, 1, l)[i];
+    partial(a, c, p, 0)[channel] = sum;
+    partial(a, c, p, 1)[channel] = product;
+  }
+}
+
+// A block to a group of a sample: sum du and sum du xhat of each channel, and the means of both times weight over the group. Threads
+// t, t + width, ... take the chunks of channel t % width in turn; where a group is wider than the block a thread takes many channels.
+__global__ void __launch_bounds__(kFinishThreads) slopes_kernel(const GroupNorm a, const Cut c) {
+  const int width = a.C / a.groups, g = blockIdx.x % a.groups, lanes = width < kFinishThreads ? kFinishThreads / width : 1;
+  const int64_t sample = blockIdx.x / a.groups;
+  double *sum = shared_memory<double>(), *product = sum + lanes * width, *shared = product + lanes * width;
+  const float* parts = a.partial + sample * c.chunks * 2 * a.C + g * width;
+  const int lane = threadIdx.x / width;
+  for (int i = threadIdx.x % width; lane < lanes && i < width; i += kFinishThreads) {
+    double s = 0., q = 0.;
+    for (int64_t chunk = lane; chunk < c.chunks; chunk += lanes) {
+      s += parts[chunk * 2 * a.C + i];
+      q += parts[(chunk * 2 + 1) * a.C + i];
+    }
+    sum[lane * width + i] = s;
+    product[lane * width + i] = q;
+  }
+  __syncthreads();
+  const double rstd = a.rstd[blockIdx.x];
+  double du = 0., du_xhat = 0.;
+  for (int i = threadIdx.x; i < width; i += kFinishThreads) {
+    double s = 0., q = 0.;
+    for (int l = 0; l < lanes; ++l) s += sum[l * width + i], q += product[l * width + i];
+    q *= rstd;
+    a.sums[(sample * 2 + 0) * a.C + g * width + i] = s;
+    a.sums[(sample * 2 + 1) * a.C + g * width + i] = q;
+    du += a.weight[g * width + i] * s;
+    du_xhat += a.weight[g * width + i] * q;
+  }
+  du = block_sum(du, shared);
+  du_xhat = block_sum(du_xhat, shared);
+  if (threadIdx.x == 0) {                                                // dx = scale du - (slope[0] + slope[1] (x - mean))
+    const double count = static_cast<double>(a.rows * width);
+    a.slope[(sample * 2 + 0) * a.groups + g] = static_cast<float>(rstd * du / count);
+    a.slope[(sample * 2 + 1) * a.groups + g] = static_cast<float>(rstd * rstd * du_xhat / count);
+  }
+}
+
+__global__ void __launch_bounds__(kFinishThreads) parameters_kernel(const GroupNorm a) {
+  const int i = blockIdx.x * kFinishThreads + threadIdx.x;
+  if (i >= a.C) return;
+  double dbias = 0., dweight = 0.;
+  for (int64_t b = 0; b < a.B; ++b) dbias += a.sums[2 * b * a.C + i], dweight += a.sums[(2 * b + 1) * a.C + i];
+  a.dbias[i] = static_cast<float>(dbias);
+  a.dweight[i] = static_cast<float>(dweight);
+}
+
+template <class T, bool kFast>
+__global__ void __launch_bounds__(kThreads, 2) backward_kernel(const GroupNorm a, const Cut c) {
+  const Place p = place(a, c);
+  if (p.n <= 0) return;
+  const Affine k = affine(a, p);
+  const float* slopes = a.slope + p.sample * 2 * a.groups;
+  const Eight offset = constants(a, p, [&](int, int g) { return slopes[g]; });
+  const Eight slope = constants(a, p, [&](int, int g) { return slopes[a.groups + g]; });
+#pragma unroll 2
+  for (int row = p.lane; row < p.rows; row += c.lanes) {
+    const Eight x = load<kFast>(at<const void, const T>(a.x, a, p, row), p.n);
+    Eight dy = load<kFast>(at<const void, const T>(a.dy, a, p, row), p.n);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const float d = x.v[j] - k.mean.v[j], du = silu_gradient(dy.v[j], __fmaf_rn(d, k.scale.v[j], k.bias.v[j]));
+      dy.v[j] = __fmaf_rn(k.scale.v[j], du, -__fmaf_rn(d, slope.v[j], offset.v[j]));
+    }
+    store<kFast>(at<void, T>(a.dx, a, p, row), dy, p.n);
+  }
+}
+
+constexpr size_t kFinishShared = kFinishThreads * sizeof(double);
+size_t lane_memory(const Cut& c) { return 2 * threads(c) * kEach * sizeof(float); }
+
+}  // namespace
+
+int64_t norm_partials(const GroupNorm& a) { return a.B * cut(a).chunks * 2 * a.C; }
+
+const char* group_norm_silu_forward(const GroupNorm& a, void* stream) {
+  const Cut c = cut(a);
+  const bool fast = a.C % kEach == 0;
+  if (const char* error = SAE_LAUNCH(moments_kernel, a.type, fast, blocks(a, c), threads(c), lane_memory(c), a, c)) return error;
+  if (const char* error = launch(statistics_kernel, a.B * a.groups, kFinishThreads, kFinishShared, stream, a, c)) return error;
+  return SAE_LAUNCH(forward_kernel, a.type, fast, blocks(a, c), threads(c), 0, a, c);
+}
+const char* group_norm_silu_backward(const GroupNorm& a, void* stream) {
+  const Cut c = cut(a);
+  const bool fast = a.C % kEach == 0;
+  if (const char* error = SAE_LAUNCH(sums_kernel, a.type, fast, blocks(a, c), threads(c), lane_memory(c), a, c)) return error;
+  const int width = a.C / a.groups, entries = width < kFinishThreads ? kFinishThreads / width * width : width;
+  if (const char* error = launch(slopes_kernel, a.B * a.groups, kFinishThreads, 2 * entries * sizeof(double) + kFinishShared, stream, a, c))
+    return error;
+  if (const char* error = launch(parameters_kernel, (a.C + kFinishThreads - 1) / kFinishThreads, kFinishThreads, 0, stream, a)) return error;
+  return SAE_LAUNCH(backward_kernel, a.type, fast, blocks(a, c), threads(c), 0, a, c);
+}
+
+}  // namespace cuda
+}  // namespace sae
