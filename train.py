@@ -204,7 +204,7 @@ def batches(images, steps, batch, rank, world, workers):
 
     loader = iter(DataLoader(images, batch_sampler=indices(), collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
                              prefetch_factor=4 if workers else None, worker_init_fn=own_session))
-    # DataLoader has a dead worker raise an error wherever the main thread is, even half-way through a checkpoint; `next` notices it as well.
+    # DataLoader has a dead worker raise an error wherever the main thread is, even half-way through a checkpoint. `next` notices it, too.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return loader
 
@@ -229,7 +229,8 @@ class LPIPS(nn.Module):
         tensors = load_tensors(path)
         # lpips cuts torchvision's `features` into slices but keeps their numbers: net.slice2.5.weight is features.5.weight
         trunk = {name: "features." + name.split(".", 1)[1] for name in model.net.state_dict()}
-        wrong = [theirs for name, theirs in trunk.items() if theirs not in tensors or tensors[theirs].shape != model.net.state_dict()[name].shape]
+        shapes = {name: t.shape for name, t in model.net.state_dict().items()}
+        wrong = [theirs for name, theirs in trunk.items() if theirs not in tensors or tensors[theirs].shape != shapes[name]]
         if wrong:
             raise ValueError(f"{path} does not hold torchvision's {net} for LPIPS: {', '.join(wrong)} missing or of another shape")
         model.net.load_state_dict({name: tensors[theirs] for name, theirs in trunk.items()})
@@ -334,7 +335,7 @@ def options(argv=None):
     p.add_argument("--ema", type=float, default=0.9995)
     p.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="bf16: autocast over fp32 weights")
     p.add_argument("--checkpoint", action="store_true", help="recompute the encoder's blocks in the backward pass: less memory")
-    p.add_argument("--compile", action="store_true", help="torch.compile the encoder's blocks and the decoder: minutes at the start, faster steps")
+    p.add_argument("--compile", action="store_true", help="torch.compile the encoder's blocks and the decoder: minutes at the start")
     p.add_argument("--shard", action="store_true", help="FSDP2 in place of DDP: for encoders whose states do not fit on one GPU")
     # losses
     p.add_argument("--l1", type=float, default=100.0)
@@ -390,7 +391,8 @@ def build(args):
         raise ValueError(f"there is no encoder {args.encoder}: run ./weights.sh, or name a DINOv3 file with --encoder")
     torch.manual_seed(args.seed)
     pretrained = DINOv3.from_pretrained(args.encoder).requires_grad_(False)
-    asked = {k: v for k, v in dict(f=args.f, z_dim=args.z_dim, widths=args.widths and tuple(args.widths), blocks=args.blocks).items() if v is not None}
+    asked = {"f": args.f, "z_dim": args.z_dim, "widths": args.widths and tuple(args.widths), "blocks": args.blocks}
+    asked = {name: value for name, value in asked.items() if value is not None}
     disc = PatchGAN()
     if args.stage == 1:
         config = SAEConfig(**{"encoder": pretrained.cfg, "z_dim": pretrained.cfg.width, **asked})
@@ -424,7 +426,7 @@ def writing(path):
     try:
         yield
     except OSError as e:
-        raise ValueError(f"{path} cannot be written: {e.strerror}; mend that and go on with --resume: what was saved before is whole") from e
+        raise ValueError(f"{path} cannot be written: {e.strerror}; mend that and go on with --resume, what was saved is whole") from e
 
 
 def save(out, state, keep):
@@ -484,7 +486,8 @@ def latent_statistics(sae, images, args, rank, world, autocast, note, n=10_000):
     moments = torch.zeros(2, sae.config.z_dim, dtype=torch.float64, device=device)
     steps = max(1, min(n, len(images.files)) // (args.batch * world))
     with torch.no_grad(), autocast():
-        for x, _ in tqdm(batches(images, range(steps), args.batch, rank, world, args.workers), "latent statistics", steps, disable=rank > 0):
+        parts = batches(images, range(steps), args.batch, rank, world, args.workers)
+        for x, _ in tqdm(parts, "latent statistics", steps, disable=rank > 0):
             note("latent statistics")
             q = sae.encode(to_float(x.to(device)))
             mu, var = q.mu.double(), q.logvar.double().clamp(-30, 20).exp()
@@ -498,11 +501,11 @@ def latent_statistics(sae, images, args, rank, world, autocast, note, n=10_000):
 
 
 def dry_run(sae, teacher, disc, args):
-    """Print parameter counts and an estimate of a rank's memory: states, and what autograd keeps in one forward pass, counted on fake tensors."""
+    """Print parameter counts and an estimate of a rank's memory: states, and what autograd keeps of a forward pass, by fake tensors."""
     def count(*modules, trained=False):
         return sum(p.numel() for m in modules if m for p in m.parameters() if p.requires_grad or not trained)
-    for name, modules in (("encoder", [sae.encoder]), ("downsampling and projection", [sae.down, sae.to_latent]), ("decoder", [sae.decoder]),
-                          ("discriminator", [disc]), ("teacher", [teacher])):
+    for name, modules in (("encoder", [sae.encoder]), ("downsampling and projection", [sae.down, sae.to_latent]),
+                          ("decoder", [sae.decoder]), ("discriminator", [disc]), ("teacher", [teacher])):
         print(f"{name:30}{count(*modules) / 1e6:10.1f} M parameters, {count(*modules, trained=True) / 1e6:.1f} M trained")
     # fp32: weights, and for each trained parameter a gradient, two Adam moments and (the autoencoder's) an EMA
     states = 4 * (count(sae, disc, teacher) + 4 * count(sae, trained=True) + 3 * count(disc, trained=True))
@@ -521,7 +524,8 @@ def dry_run(sae, teacher, disc, args):
             fake(torch.zeros(args.batch, 3, args.size, args.size), seed=0)
     for p in fake.parameters():
         kept.pop(StorageWeakRef(p.untyped_storage()), None)
-    print(f"memory per rank, estimated    {states / 2 ** 30:10.1f} GiB of states, {sum(kept.values()) / 2 ** 30:.1f} GiB of the autoencoder's activations")
+    print(f"memory per rank, estimated    {states / 2 ** 30:10.1f} GiB of states, "
+          f"{sum(kept.values()) / 2 ** 30:.1f} GiB of the autoencoder's activations")
 
 
 # ------------------------------------------------------------------ ranks
@@ -549,7 +553,7 @@ def watch(store, rank, world, seconds):
         store.set(f"note {rank}", f"{next(begun):012d}{text}")
 
     def stalled():
-        """Returns when the run is over, or with a sentence when it has stalled."""
+        """Returns when the run is over or has stalled; then, on the first rank that notices, with a sentence."""
         before, beats, idle = None, None, 0                     # idle counts pauses: a job that was stopped and continued has not stalled
         while not over.wait(pause):
             store.add(f"beat {rank}", 1)                        # this process runs, whatever its main thread is at
@@ -560,8 +564,9 @@ def watch(store, rank, world, seconds):
             if idle > seconds:
                 silent = [r for r in ranks if store.add(f"beat {r}", 0) == beats[r]]
                 behind = ", ".join(f"rank {r} ({notes[r][12:]})" for r in silent or [r for r in ranks if notes[r][:12] == min(notes)[:12]])
-                return store.add("told", 1) == 1 and (f"no rank has begun anything new for {seconds:g} s; {'silent' if silent else 'furthest behind'}: "
-                                                      f"{behind}; look there, then go on with --resume, or wait longer with --timeout")
+                sentence = (f"no rank has begun anything new for {seconds:g} s; {'silent' if silent else 'furthest behind'}: {behind}; "
+                            "look there, then go on with --resume, or wait longer with --timeout")
+                return sentence if store.add("told", 1) == 1 else None
 
     def look():
         try:
@@ -704,8 +709,8 @@ def main(args, rank, world, store, note):
         if differ:
             raise ValueError(f"the checkpoint in {out} is of another stage or architecture: {', '.join(differ)}")
         if saved["images_per_step"] != images_per_step:
-            raise ValueError(f"the checkpoint in {out} was trained on {saved['images_per_step']} images a step, not {args.batch} x {world} x "
-                             f"{args.accumulate}: change --batch or --accumulate")
+            raise ValueError(f"the checkpoint in {out} was trained on {saved['images_per_step']} images a step, not "
+                             f"{args.batch} x {world} x {args.accumulate}: change --batch or --accumulate")
         sae.load_state_dict(saved["model"])
         disc.load_state_dict(saved["disc"])
         step, skips = saved["step"], saved.get("skips", 0)
@@ -735,11 +740,11 @@ def main(args, rank, world, store, note):
     model, disc_ddp = sae if args.shard else wrap(sae), wrap(disc)
     trained = {name: p for name, p in sae.named_parameters() if p.requires_grad}
     averaged = {name: p.detach().clone() for name, p in trained.items()}                 # the EMA; what is frozen it shares
-    groups = [{"params": [p for name, p in trained.items() if not name.startswith("encoder.")], "peak": args.lr},
-              {"params": [p for name, p in trained.items() if name.startswith("encoder.")], "peak": args.lr if args.encoder_lr is None else args.encoder_lr}]
-    adamw = lambda groups: torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
-    opt = adamw(groups)
-    opt_disc = adamw([{"params": list(disc.parameters()), "peak": args.lr if args.disc_lr is None else args.disc_lr}])
+    adamw = lambda groups: torch.optim.AdamW([{"params": params, "peak": args.lr if lr is None else lr} for params, lr in groups if params],
+                                             lr=args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    opt = adamw([([p for name, p in trained.items() if not name.startswith("encoder.")], args.lr),
+                 ([p for name, p in trained.items() if name.startswith("encoder.")], args.encoder_lr)])
+    opt_disc = adamw([(list(disc.parameters()), args.disc_lr)])
     if saved:
         for name, e in averaged.items():
             e.copy_(like(e, saved["ema"][name]))
@@ -752,9 +757,9 @@ def main(args, rank, world, store, note):
 
     def state():
         weights, ema = whole(sae.state_dict(), rank), whole(averaged, rank)
-        return {"version": CHECKPOINT_VERSION, "config": asdict(sae.config), "args": vars(args), "images_per_step": images_per_step, "step": step,
-                "skips": skips, "model": weights, "ema": {**weights, **ema}, "disc": disc.state_dict(), "opt": whole(opt.state_dict(), rank),
-                "opt_disc": opt_disc.state_dict()}
+        return {"version": CHECKPOINT_VERSION, "config": asdict(sae.config), "args": vars(args), "images_per_step": images_per_step,
+                "step": step, "skips": skips, "model": weights, "ema": {**weights, **ema}, "disc": disc.state_dict(),
+                "opt": whole(opt.state_dict(), rank), "opt_disc": opt_disc.state_dict()}
 
     metrics, board = out / "metrics.jsonl", None
     if rank == 0:
@@ -880,8 +885,9 @@ def main(args, rank, world, store, note):
             with writing(out):
                 save_grid(out / f"grid-{step:07d}.png", x[:8], xhat[:8].detach())
         if in_a_row >= args.max_skips:
-            raise ValueError(f"the loss or a gradient was NaN or infinite in the last {in_a_row} steps, up to step {step}, and they were skipped: go on from "
-                             f"{out}/last.pt ({f'step {saved_at}' if saved_at else 'none yet'}) with --resume and a lower --lr, or --precision fp32")
+            raise ValueError(f"the loss or a gradient was NaN or infinite in the last {in_a_row} steps, up to step {step}, "
+                             f"and they were skipped: go on from {out}/last.pt ({f'step {saved_at}' if saved_at else 'none yet'}) with --resume and a lower --lr, "
+                             "or --precision fp32")
         if step == args.steps:
             swap(trained.values(), averaged.values())
             latent_statistics(sae, images, args, rank, world, autocast, note)
