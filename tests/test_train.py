@@ -143,8 +143,9 @@ def assert_same_step(one, two):
 @pytest.fixture(scope="module")
 def references(world, stage1):
     """stage -> (its options, a run of one step on four images, another of two steps) on one rank."""
-    # The rate of the first step is small, so that the second one starts from the same weights but for 1e-6 of them.
-    common = dict(warmup=10_000, gan_start=0, widths="64 64 64")
+    # The rate of the first step is small, so that the second one starts from the same weights but for 1e-6 of them. The seed is one
+    # at which no input of a LeakyReLU is so near to 0 that rounding decides its sign: of 8 seeds, 2 have one and differ by 0.4 %.
+    common = dict(warmup=10_000, gan_start=0, widths="64 64 64", seed=1)
     runs = {}
     for stage, opts in (1, common), (2, {**common, "widths": False}):
         for steps in 1, 2:
