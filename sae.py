@@ -187,15 +187,17 @@ def feature_mse_reference(student, teacher):
 def group_norm_silu(x, weight, bias, groups, eps=1e-6):
     """silu(group_norm(x)): x [B,C,h,w], weight and bias [C] in fp32 or in x's dtype -> [B,C,h,w] of x's dtype, in channels_last.
 
-    A group is C / groups neighbouring channels of one sample; statistics in fp32. Backward keeps x and two numbers a group, not the
-    normalised tensor. Deterministic. A contiguous x is converted. Raises ValueError when shapes, dtypes or devices do not fit.
+    A group is C / groups neighbouring channels of one sample; mean and rstd are fp32, and accurate where the mean is far larger than
+    the deviation. Backward keeps x, mean and rstd, not the normalised tensor. Deterministic. A contiguous x is converted to
+    channels_last. Under autocast bf16 stays bf16. Raises ValueError when shapes, dtypes or devices do not fit.
     """
     if x.dim() != 4 or groups < 1 or not x.shape[1] or x.shape[1] % groups or not x.shape[2] * x.shape[3]:
-        raise ValueError(f"group_norm_silu: x is {list(x.shape)}, not [B, C, h, w] with C a multiple of the {groups} groups and no side 0")
+        raise ValueError(f"group_norm_silu: x is {list(x.shape)}, not [B, C, h, w] with C a multiple of the {groups} groups and "
+                         "no side 0")
     for name, t in (("weight", weight), ("bias", bias)):
         if t.shape != x.shape[1:2] or t.dtype not in (torch.float32, x.dtype) or t.device != x.device:
-            raise ValueError(f"group_norm_silu: {name} is {list(t.shape)} {t.dtype} {t.device}; it must be [{x.shape[1]}], torch.float32 "
-                             f"or {x.dtype}, on {x.device}")
+            raise ValueError(f"group_norm_silu: {name} is {list(t.shape)} {t.dtype} {t.device}; it must be [{x.shape[1]}], "
+                             f"torch.float32 or {x.dtype}, on {x.device}")
     if in_csrc(x):
         rows = x.permute(0, 2, 3, 1)                                                     # [B,h,w,C]: as channels_last lies in memory
         return torch.ops.sae.group_norm_silu(rows, wide(weight), wide(bias), groups, eps)[0].permute(0, 3, 1, 2)

@@ -42,13 +42,14 @@ struct CpuKernels {
   double (*squared_error)(Type type, const void* a, const void* b, int64_t n);                       // sum (a - b)^2
   void (*scaled_difference)(Type type, float scale, const void* a, const void* b, int64_t n, void* d);  // d = scale (a - b)
   // n <= chunk elements; scratch: [3, columns] floats. Of each group: mean, sum of squared deviations from it.
-  void (*group_norm_moments)(const NormShape& shape, Type type, const void* x, int64_t n, float* scratch, double* mean, double* square);
+  void (*group_norm_moments)(const NormShape& shape, Type type, const void* x, int64_t n, float* scratch, double* mean,
+                             double* square);
   // constants [3, columns]: mean, rstd weight, bias
   void (*group_norm_forward)(const NormShape& shape, Type type, const void* x, int64_t n, const float* constants, void* y);
   // du = dy silu'(u); sums [2, C]: of du, of du (x - mean)
   void (*group_norm_sums)(const NormShape& shape, Type type, const void* dy, const void* x, int64_t n, const float* constants,
                           float* scratch, float* du, float* sums);
-  // dx = rstd weight du - offset - slope (x - mean); constants [5, columns]: mean, rstd weight, bias, offset, slope. dx may be du.
+  // dx = rstd weight du - offset - slope (x - mean); constants [5, columns]: mean, rstd weight, bias, offset, slope; dx may be du
   void (*group_norm_backward)(const NormShape& shape, Type type, const float* du, const void* x, int64_t n, const float* constants,
                               void* dx);
 };

@@ -1,7 +1,7 @@
 // SiLU of group norm on the CPU, chunk by chunk. Included by cpu_kernels.h.
 //
-// Memory is channels last: rows of C channels. Constants of a channel repeat every `columns` elements, whole vectors of them even if C
-// is no multiple of L, so a chunk is one stream of vectors: at element i the constants are those of column i % columns.
+// Memory is channels last: rows of C channels. Constants of a channel repeat every `columns` elements, whole vectors of them even
+// if C is no multiple of L, so a chunk is one stream of vectors: at element i the constants are those of column i % columns.
 
 struct Whole {                                                // vector of a chunk
   int64_t i, column;
@@ -99,8 +99,8 @@ SAE_INLINE F silu_gradient(F dy, F u) {
 
 // du, for the second pass, which is spared the exponential, and sums of each channel of a chunk: du, du (x - mean). sums: [2, C]
 template <class T>
-inline void norm_sums(const NormShape& s, const typename T::Element* dy, const typename T::Element* x, int64_t n, const float* constants,
-                      float* scratch, float* du, float* sums) {
+inline void norm_sums(const NormShape& s, const typename T::Element* dy, const typename T::Element* x, int64_t n,
+                      const float* constants, float* scratch, float* du, float* sums) {
   const float *mean = constants, *scale = mean + s.columns, *bias = scale + s.columns;
   float *sum = scratch, *product = sum + s.columns;
   for (int64_t j = 0; j < s.columns; j += L) *(F*)(sum + j) = *(F*)(product + j) = F{};
@@ -128,7 +128,8 @@ inline void norm_gradient(const NormShape& s, const float* du, const typename T:
   });
 }
 
-inline void group_norm_moments(const NormShape& s, Type type, const void* x, int64_t n, float* scratch, double* mean, double* square) {
+inline void group_norm_moments(const NormShape& s, Type type, const void* x, int64_t n, float* scratch, double* mean,
+                               double* square) {
   if (type == Type::f32) return moments<F32>(s, (In32)x, n, scratch, mean, square);
   if (type == Type::bf16) return moments<BF16>(s, (In16)x, n, scratch, mean, square);
   moments<F16>(s, (In16)x, n, scratch, mean, square);

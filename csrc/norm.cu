@@ -18,7 +18,8 @@ namespace sae {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 384, kFinishThreads = 128;                      // twice 384 leave 80 registers a thread, enough for two rows at once
+constexpr int kThreads = 384;                                            // twice these leave 80 registers a thread: two rows at once
+constexpr int kFinishThreads = 128;
 constexpr int kMaxLanes = 32, kMinRows = 4, kMaxRows = 16;               // rows of a chunk at a time; rows of a thread
 constexpr int64_t kWantedBlocks = 256;                                   // about two to a multiprocessor, if the tensor is large enough
 constexpr float kLog2e = 1.4426950408889634f;
@@ -86,7 +87,7 @@ SAE_INLINE float sigmoid(float u) { return fast_divide(1.f, 1.f + fast_exp2(-kLo
 SAE_INLINE float* lane_values(const Cut& c, int which, int lane) {
   return shared_memory<float>() + (which * c.lanes + lane) * c.columns * kEach;
 }
-// The channel that the thread sums up over lanes, in shared memory and in `partial` [B, chunks, 2, C].
+// The same of a chunk, in `partial` [B, chunks, 2, C]: [C].
 SAE_INLINE float* partial(const GroupNorm& a, const Cut& c, const Place& p, int which) {
   return a.partial + ((p.sample * c.chunks + p.chunk) * 2 + which) * a.C;
 }
@@ -124,7 +125,8 @@ __global__ void __launch_bounds__(kThreads, 2) moments_kernel(const GroupNorm a,
     if (channel >= a.C) break;
     const float shift = lane_values(c, 0, 0)[i];
     float mean = 0.f, square = 0.f;
-    for (int l = 1; l < lanes; ++l) mean += (lane_values(c, 0, l)[i] - shift) * static_cast<float>((p.rows - l + c.lanes - 1) / c.lanes);
+    for (int l = 1; l < lanes; ++l)
+      mean += (lane_values(c, 0, l)[i] - shift) * static_cast<float>((p.rows - l + c.lanes - 1) / c.lanes);
     mean = shift + mean / static_cast<float>(p.rows);
     for (int l = 0; l < lanes; ++l) {
       const float d = lane_values(c, 0, l)[i] - mean;
@@ -320,9 +322,10 @@ const char* group_norm_silu_backward(const GroupNorm& a, void* stream) {
   const bool fast = a.C % kEach == 0;
   if (const char* error = SAE_LAUNCH(sums_kernel, a.type, fast, blocks(a, c), threads(c), lane_memory(c), a, c)) return error;
   const int width = a.C / a.groups, entries = width < kFinishThreads ? kFinishThreads / width * width : width;
-  if (const char* error = launch(slopes_kernel, a.B * a.groups, kFinishThreads, 2 * entries * sizeof(double) + kFinishShared, stream, a, c))
-    return error;
-  if (const char* error = launch(parameters_kernel, (a.C + kFinishThreads - 1) / kFinishThreads, kFinishThreads, 0, stream, a)) return error;
+  const size_t shared = 2 * entries * sizeof(double) + kFinishShared;
+  if (const char* error = launch(slopes_kernel, a.B * a.groups, kFinishThreads, shared, stream, a, c)) return error;
+  const int parameter_blocks = (a.C + kFinishThreads - 1) / kFinishThreads;
+  if (const char* error = launch(parameters_kernel, parameter_blocks, kFinishThreads, 0, stream, a)) return error;
   return SAE_LAUNCH(backward_kernel, a.type, fast, blocks(a, c), threads(c), 0, a, c);
 }
 

@@ -348,11 +348,11 @@ void for_chunks(const NormShape& s, int64_t first, int64_t last, Prepare prepare
     }
   });
 }
-// Both directions read their inputs twice, so they take as many samples at a time as a cache holds: body(first, last) for all samples.
+// Both directions read their inputs twice, so they take as many samples at a time as a cache holds.
 int64_t samples_at_once(const NormShape& s, int64_t bytes_of_element) {
   return std::max(int64_t(1), kNormCache / std::max(int64_t(1), s.n * bytes_of_element));
 }
-template <class Body>
+template <class Body>                                         // body(first, last) for all samples, `count` at a time
 void for_samples(const NormShape& s, int64_t count, Body body) {
   for (int64_t first = 0; first < s.B; first += count) body(first, std::min(s.B, first + count));
 }
@@ -365,13 +365,15 @@ void fill_constants(const NormShape& s, float* constants, Value value) {
   for (int64_t c = s.C; c < s.columns; ++c) constants[c] = constants[c - s.C];
 }
 // [3, columns]: mean, rstd weight, bias
-void forward_constants(const NormShape& s, const float* mean, const float* rstd, const float* weight, const float* bias, float* constants) {
+void forward_constants(const NormShape& s, const float* mean, const float* rstd, const float* weight, const float* bias,
+                       float* constants) {
   fill_constants(s, constants, [&](int64_t, int64_t g) { return mean[g]; });
   fill_constants(s, constants + s.columns, [&](int64_t c, int64_t g) { return rstd[g] * weight[c]; });
   fill_constants(s, constants + 2 * s.columns, [&](int64_t c, int64_t) { return bias[c]; });
 }
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_silu_cpu(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, int64_t groups, double eps) {
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_cpu(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, int64_t groups,
+                                                       double eps) {
   const NormShape s = norm_shape(x_, weight_, bias_, groups);
   const Type type = type_of(x_);
   const Tensor x = dense(x_), weight = dense(weight_), bias = dense(bias_), y = like(x);
@@ -379,7 +381,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_cpu(const Tensor& x_, const T
   const int64_t chunks = chunks_of(s), width = s.C / groups;
   std::vector<double> part(s.B * chunks * 2 * groups);        // of each chunk: means, then sums of squared deviations
   for_samples(s, samples_at_once(s, x.element_size()), [&](int64_t first, int64_t last) {
-    for_chunks(s, first, last, [](int64_t, float*) {}, [&](int64_t sample, int64_t chunk, int64_t i, int64_t n, const float*, float* scratch) {
+    const auto no_constants = [](int64_t, float*) {};
+    for_chunks(s, first, last, no_constants, [&](int64_t sample, int64_t chunk, int64_t i, int64_t n, const float*, float* scratch) {
       double* p = part.data() + (sample * chunks + chunk) * 2 * groups;
       cpu().group_norm_moments(s, type, at(x, i), n, scratch, p, p + groups);
     });
@@ -398,7 +401,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_cpu(const Tensor& x_, const T
     }
     for_chunks(s, first, last,
                [&](int64_t sample, float* constants) {
-                 forward_constants(s, floats(mean) + sample * groups, floats(rstd) + sample * groups, floats(weight), floats(bias), constants);
+                 const int64_t g = sample * groups;
+                 forward_constants(s, floats(mean) + g, floats(rstd) + g, floats(weight), floats(bias), constants);
                },
                [&](int64_t, int64_t, int64_t i, int64_t n, const float* constants, float*) {
                  cpu().group_norm_forward(s, type, at(x, i), n, constants, at_mutable(y, i));
@@ -409,12 +413,14 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_cpu(const Tensor& x_, const T
 
 // With xhat = (x - mean) rstd, u = weight xhat + bias, du = dy silu'(u), and means over a group:
 //   dbias = sum du, dweight = sum du xhat,  dx = rstd (weight du - mean(weight du) - xhat mean(weight du xhat))
-std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(const Tensor& dy_, const Tensor& x_, const Tensor& weight_, const Tensor& bias_,
-                                                                const Tensor& mean_, const Tensor& rstd_, int64_t groups) {
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(const Tensor& dy_, const Tensor& x_, const Tensor& weight_,
+                                                                const Tensor& bias_, const Tensor& mean_, const Tensor& rstd_,
+                                                                int64_t groups) {
   const NormShape s = norm_shape(x_, weight_, bias_, groups);
   const Type type = type_of(x_);
   check_norm_backward(s, dy_, x_, mean_, rstd_);
-  const Tensor dy = dense(dy_), x = dense(x_), weight = dense(weight_), bias = dense(bias_), mean = dense(mean_), rstd = dense(rstd_);
+  const Tensor dy = dense(dy_), x = dense(x_), weight = dense(weight_), bias = dense(bias_);
+  const Tensor mean = dense(mean_), rstd = dense(rstd_);
   const Tensor dx = like(x), dweight = like(weight), dbias = like(weight);
   const int64_t chunks = chunks_of(s), width = s.C / groups;
   std::vector<float> part(s.B * chunks * 2 * s.C);            // of each chunk: sum du, then sum du (x - mean)
@@ -427,7 +433,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(const Tensor& dy
   for_samples(s, count, [&](int64_t first, int64_t last) {
     // In fp32, whatever the dtype: dx is a difference of large terms. A dx in fp32 holds du meanwhile.
     float* const du = type == Type::f32 ? floats(dx) + first * s.n : memory.p;
-    for_chunks(s, first, last, prepare, [&](int64_t sample, int64_t chunk, int64_t i, int64_t n, const float* constants, float* scratch) {
+    for_chunks(s, first, last, prepare, [&](int64_t sample, int64_t chunk, int64_t i, int64_t n, const float* constants,
+                                            float* scratch) {
       cpu().group_norm_sums(s, type, at(dy, i), at(x, i), n, constants, scratch, du + i - first * s.n,
                             part.data() + (sample * chunks + chunk) * 2 * s.C);
     });
@@ -464,7 +471,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(const Tensor& dy
 }
 
 #ifdef SAE_CUDA
-cuda::GroupNorm norm_args(const NormShape& s, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& rstd) {
+cuda::GroupNorm norm_args(const NormShape& s, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                          const Tensor& rstd) {
   check(s.C <= 8192, "sae: group norm takes up to 8192 channels");
   cuda::GroupNorm a{};
   a.type = type_of(x);
@@ -472,7 +480,8 @@ cuda::GroupNorm norm_args(const NormShape& s, const Tensor& x, const Tensor& wei
   a.x = x.data_ptr(), a.weight = floats(weight), a.bias = floats(bias), a.mean = floats(mean), a.rstd = floats(rstd);
   return a;
 }
-std::tuple<Tensor, Tensor, Tensor> group_norm_silu_cuda(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, int64_t groups, double eps) {
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_cuda(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, int64_t groups,
+                                                        double eps) {
   const NormShape s = norm_shape(x_, weight_, bias_, groups);
   const Tensor x = dense(x_), weight = dense(weight_), bias = dense(bias_), y = like(x);
   const Tensor mean = like(x, {s.B, groups}, ScalarType::Float), rstd = like(x, {s.B, groups}, ScalarType::Float);
@@ -482,11 +491,13 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_cuda(const Tensor& x_, const 
   launch(cuda::group_norm_silu_forward, a, x);
   return {y, mean, rstd};
 }
-std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cuda(const Tensor& dy_, const Tensor& x_, const Tensor& weight_, const Tensor& bias_,
-                                                                 const Tensor& mean_, const Tensor& rstd_, int64_t groups) {
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward_cuda(const Tensor& dy_, const Tensor& x_, const Tensor& weight_,
+                                                                 const Tensor& bias_, const Tensor& mean_, const Tensor& rstd_,
+                                                                 int64_t groups) {
   const NormShape s = norm_shape(x_, weight_, bias_, groups);
   check_norm_backward(s, dy_, x_, mean_, rstd_);
-  const Tensor dy = dense(dy_), x = dense(x_), weight = dense(weight_), bias = dense(bias_), mean = dense(mean_), rstd = dense(rstd_);
+  const Tensor dy = dense(dy_), x = dense(x_), weight = dense(weight_), bias = dense(bias_);
+  const Tensor mean = dense(mean_), rstd = dense(rstd_);
   const Tensor dx = like(x), dweight = like(weight), dbias = like(weight);
   cuda::GroupNorm a = norm_args(s, x, weight, bias, mean, rstd);
   const Tensor partial = like(x, {cuda::norm_partials(a)}, ScalarType::Float);
@@ -519,7 +530,8 @@ STABLE_TORCH_LIBRARY(sae, m) {
   m.def("feature_mse(Tensor student, Tensor teacher) -> Tensor loss");
   m.def("feature_mse_backward(Tensor dloss, Tensor student, Tensor teacher) -> Tensor dstudent");
   m.def("group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
-  m.def("group_norm_silu_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int groups) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def("group_norm_silu_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int groups) "
+        "-> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def("source_crc() -> int");
   m.def("has_cuda() -> bool");
   m.def("cpu_kernels() -> str");

@@ -1,6 +1,7 @@
 """The ops and the encoder against the same computation of others, side by side in one run.
 
-    python tests/bench_ops.py [attention] [gaussian] [mse] [norm] [encoder] [--device cpu|cuda] [--rounds 11] [--compile] [--json FILE]
+    python tests/bench_ops.py [attention] [gaussian] [mse] [norm] [encoder] [--device cpu|cuda] [--rounds 11] [--compile]
+                              [--json FILE]
 
 Competitors take turns, round by round, and the table holds medians: a shared machine slows all of them alike. "ratio" is a competitor's
 time over ours. On a GPU every round works on other buffers, more than the L2 cache holds, and times are of CUDA events.
@@ -228,12 +229,15 @@ def bench_norm(device, rounds, compiled):
             copy = {"copy": lambda x, w, b: x.detach().clone()}
 
             def share(tensors):                               # a copy moves two: x and its copy
-                return lambda t: f"ours: at least {tensors} tensors of {x.nbytes / 2**20:.1f} MiB, at {tensors / 2 * t['copy'] / t['ours']:.0%} of the copy's bandwidth"
+                return lambda t: (f"ours moves at least {tensors} x {x.nbytes / 2**20:.1f} MiB, "
+                                  f"at {tensors / 2 * t['copy'] / t['ours']:.0%} of the copy's bandwidth")
 
-            compare(title + " forward", device, rounds, sets, {n: torch.no_grad()(f) for n, f in competitors.items()} | copy, share(2))
+            alone = {n: torch.no_grad()(f) for n, f in competitors.items()}
+            compare(title + " forward", device, rounds, sets, alone | copy, share(2))
             both = {n: forward_backward(lambda *s, f=f: ([f(*s)], [dy])) for n, f in competitors.items()}
             compare(title + " forward and backward", device, rounds, sets, both | copy, share(5))
-            print("    kept for backward: " + ", ".join(f"{n} {kept_for_backward(f, *sets[0]) / 2**20:.1f} MiB" for n, f in competitors.items()))
+            kept = (f"{n} {kept_for_backward(f, *sets[0]) / 2**20:.1f} MiB" for n, f in competitors.items())
+            print("    kept for backward: " + ", ".join(kept))
 
 
 # ------------------------------------------------------------------ encoder

@@ -1,8 +1,8 @@
 """The ops of sae.py: the reference, the C++ ops and, where there is a GPU, the CUDA ops, all held to the same oracles.
 
-Oracles: transformers' DINOv3 attention and RoPE, torch's own Philox engine (its C++ header), torch.distributions, mse_loss, group_norm
-and silu, autograd in float64, SciPy's Kolmogorov-Smirnov test. Error rule: against float64, at most twice (gradients three times) the error of PyTorch's own
-computation in the same dtype.
+Oracles: transformers' DINOv3 attention and RoPE, torch's own Philox engine (its C++ header), torch.distributions, mse_loss,
+group_norm and silu, autograd in float64, SciPy's Kolmogorov-Smirnov test. Error rule: against float64, at most twice (gradients three
+times) the error of PyTorch's own computation in the same dtype.
 """
 import importlib.util
 import math
@@ -65,7 +65,8 @@ def with_gradient(f, qkv, dtype, dout):
 @pytest.mark.parametrize("h, w", [(16, 16), (3, 7)])
 def test_rope_tables_equal_transformers(h, w):
     rows, cols = sae.rope_tables(h, w)
-    cos, sin = oracle.DINOv3ViTRopePositionEmbedding(DINOv3ViTConfig(hidden_size=384, num_attention_heads=6)).eval()(torch.empty(1, 3, 16 * h, 16 * w))
+    rope = oracle.DINOv3ViTRopePositionEmbedding(DINOv3ViTConfig(hidden_size=384, num_attention_heads=6)).eval()
+    cos, sin = rope(torch.empty(1, 3, 16 * h, 16 * w))
     for table, part in ((cos, 0), (sin, 1)):
         ours = torch.cat([rows[:, None, :, part].expand(h, w, 16), cols[None, :, :, part].expand(h, w, 16)], -1).flatten(0, 1)
         torch.testing.assert_close(ours.repeat(1, 2), table, rtol=0, atol=3e-6)     # the angles reach 2 pi, where fp32 ends at 5e-7
@@ -73,7 +74,8 @@ def test_rope_tables_equal_transformers(h, w):
 
 @device
 @dtype
-@pytest.mark.parametrize("B, H, h, w, prefix", [(2, 3, 16, 16, 5), (1, 2, 3, 5, 1), (3, 1, 1, 1, 0), (1, 1, 4, 4, 0), (1, 2, 17, 17, 5), (1, 1, 32, 32, 5)])
+@pytest.mark.parametrize("B, H, h, w, prefix", [(2, 3, 16, 16, 5), (1, 2, 3, 5, 1), (3, 1, 1, 1, 0), (1, 1, 4, 4, 0), (1, 2, 17, 17, 5),
+                                                    (1, 1, 32, 32, 5)])
 def test_attention_errs_at_most_twice_and_its_gradient_three_times_as_much_as_pytorch(device, dtype, B, H, h, w, prefix):
     qkv, rope = packed(B, prefix + h * w, H, dtype=dtype, device=device), sae.rope_tables(h, w, device=device)
     dout = torch.randn(B, prefix + h * w, H * 64, generator=torch.Generator().manual_seed(1)).to(device, dtype)
@@ -81,13 +83,15 @@ def test_attention_errs_at_most_twice_and_its_gradient_three_times_as_much_as_py
     pytorch = with_gradient(lambda x: transformers_attention(x, rope, prefix), qkv, dtype, dout)
     for f in (sae.attention, sae.attention_reference):
         ours = with_gradient(lambda x: f(x, rope, prefix), qkv, dtype, dout)
-        # At N 1 PyTorch's dQ and dK are exactly 0; dP - delta, with delta from the stored O, leaves a rounding error.
-        for x, p, e, factor, floor in zip(ours, pytorch, expected, (2, 3), (1, 4)):
+        # The result's own rounding; and at N 1, where PyTorch's dQ and dK are exactly 0, dP - delta is the difference of two sums of
+        # the same 64 products in fp32: rounding errors of both, about sqrt(64) / 2 half ulps of one product, on the dO that dV is.
+        for x, p, e, factor, floor in zip(ours, pytorch, expected, (2, 3), (0, 3)):
             assert x.dtype == dtype and x.shape == e.shape
-            assert relative(x, e) <= factor * relative(p, e) + floor * half_ulp(dtype)
+            assert relative(x, e) <= factor * relative(p, e) + half_ulp(dtype) + floor * half_ulp(torch.float32)
     for j in range(3):                                        # dQ, dK and dV, each by itself
         if expected[1][:, :, j].norm() > 1e-9:                # at N 1 only V has a gradient
-            assert relative(ours[1][:, :, j], expected[1][:, :, j]) <= 3 * relative(pytorch[1][:, :, j], expected[1][:, :, j]) + half_ulp(dtype)
+            x, p, e = (result[1][:, :, j] for result in (ours, pytorch, expected))
+            assert relative(x, e) <= 3 * relative(p, e) + half_ulp(dtype)
 
 
 @pytest.mark.parametrize("d", [64, 128])
@@ -127,7 +131,8 @@ def test_an_empty_batch_gives_an_empty_output(device, dtype):
     z, kl = sae.reparameterize(mu, mu, 1)
     (z.sum() + kl.sum()).backward()
     assert z.shape == (0, 4) and kl.shape == (0,) and mu.grad.shape == mu.shape
-    x, weight = torch.empty(0, 4, 2, 3, dtype=dtype, device=device, requires_grad=True), torch.ones(4, device=device, requires_grad=True)
+    x = torch.empty(0, 4, 2, 3, dtype=dtype, device=device, requires_grad=True)
+    weight = torch.ones(4, device=device, requires_grad=True)
     y = sae.group_norm_silu(x, weight, weight, 2)
     y.sum().backward()
     assert y.shape == x.grad.shape == x.shape and not weight.grad.any()
@@ -176,8 +181,8 @@ int main(int, char** argv) {
   for (long i = 0; i < 4 * std::atol(argv[3]); ++i) std::printf("%u\\n", engine());
 }''')
     torch_home = Path(torch.__file__).parent
-    subprocess.run(["g++", "-std=c++20", "-w", f"-I{torch_home}/include", folder / "philox.cpp", f"-L{torch_home}/lib", "-lc10", f"-Wl,-rpath,{torch_home}/lib",
-                    "-o", folder / "philox"], check=True)
+    subprocess.run(["g++", "-std=c++20", "-w", f"-I{torch_home}/include", folder / "philox.cpp", f"-L{torch_home}/lib", "-lc10",
+                    f"-Wl,-rpath,{torch_home}/lib", "-o", folder / "philox"], check=True)
 
     def words(seed, block, blocks):
         r = subprocess.run([folder / "philox", str(seed), str(block), str(blocks)], capture_output=True, text=True, check=True)
@@ -213,7 +218,8 @@ def test_noise_is_standard_normal_and_seeds_are_independent(device):
 def test_a_stream_drawn_in_pieces_equals_the_stream_drawn_at_once(device, cut):
     zero, offset = torch.zeros(1, 10000, device=device), 2 ** 33 + 1
     whole = sae.reparameterize(zero, zero, 3, offset)[0]
-    first, rest = sae.reparameterize(zero[:, :cut], zero[:, :cut], 3, offset)[0], sae.reparameterize(zero[:, cut:], zero[:, cut:], 3, offset + cut)[0]
+    first = sae.reparameterize(zero[:, :cut], zero[:, :cut], 3, offset)[0]
+    rest = sae.reparameterize(zero[:, cut:], zero[:, cut:], 3, offset + cut)[0]
     assert torch.equal(torch.cat([first, rest], 1), whole)
 
 
@@ -239,13 +245,15 @@ def test_reparameterize_and_its_gradient_err_at_most_twice_and_three_times_as_mu
 
     expected, own = both(pytorch, torch.float64), both(pytorch, dtype)
     normal = torch.distributions.Normal(mu.double(), (logvar.double().clamp(-30, 20) / 2).exp())
-    kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(torch.zeros_like(expected[0]), torch.ones_like(expected[0])))
+    standard = torch.distributions.Normal(torch.zeros_like(expected[0]), torch.ones_like(expected[0]))
+    kl = torch.distributions.kl_divergence(normal, standard)
     torch.testing.assert_close(expected[1], kl.view(shape[0], -1).sum(1))
     for f in (sae.reparameterize, sae.reparameterize_reference):
         ours = both(lambda m, v: f(m, v, 9, 2), dtype)
         assert ours[0].dtype == dtype and ours[1].dtype == torch.float32 and ours[1].shape == shape[:1]
         for x, p, e, factor in zip(ours, own, expected, (2, 2, 3, 3)):
-            assert relative(x, e) <= factor * relative(p, e) + 2 * half_ulp(x.dtype)
+            # The result's own rounding, and one more of a term of it in fp32: PyTorch's own may be none, by chance.
+            assert relative(x, e) <= factor * relative(p, e) + half_ulp(x.dtype) + half_ulp(torch.float32)
         assert (ours[3].view(-1)[:3] != 0).tolist() == [False, False, True]                  # no gradient from outside
 
 
@@ -296,7 +304,8 @@ def test_feature_mse_errs_at_most_twice_and_its_gradient_three_times_as_much_as_
         ours = both(f, dtype)
         assert ours[0].dtype == torch.float32 and ours[0].shape == () and ours[1].dtype == dtype
         for x, p, e, factor in zip(ours, own, expected, (2, 3)):
-            assert relative(x, e) <= factor * relative(p, e) + 4 * half_ulp(x.dtype)
+            # For one value: the roundings of the difference, of 2 / n, and of their product, which is the result's own.
+            assert relative(x, e) <= factor * relative(p, e) + half_ulp(x.dtype) + 2 * half_ulp(torch.float32)
 
 
 @device
@@ -330,9 +339,10 @@ def norm_and_gradients(f, x, dy, weight, bias, groups):
     return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
 
 
-# Widths of the decoder, one that 16 lanes do not divide, groups of no power of 2, one row of pixels, many chunks, samples one by one.
-NORM_SHAPES = [((2, 128, 9, 7), 32), ((1, 1280, 8, 8), 32), ((2, 24, 5, 7), 8), ((3, 30, 3, 3), 3), ((2, 6, 1, 50), 1), ((2, 256, 24, 31), 32),
-               ((3, 64, 128, 128), 32)]
+# Widths of the decoder, one that 16 lanes do not divide, groups of no power of 2, one row of pixels, many chunks, samples that the
+# cache holds one by one.
+NORM_SHAPES = [((2, 128, 9, 7), 32), ((1, 1280, 8, 8), 32), ((2, 24, 5, 7), 8), ((3, 30, 3, 3), 3), ((2, 6, 1, 50), 1),
+               ((2, 256, 24, 31), 32), ((3, 64, 128, 128), 32)]
 
 
 @device
@@ -499,8 +509,8 @@ def test_compiled_ops_equal_eager_ones_in_one_graph_and_a_new_seed_compiles_noth
     def f(qkv, mu, logvar, seed):
         z, kl = sae.reparameterize(mu, logvar, seed, seed * 4)
         y = sae.group_norm_silu(qkv.flatten(2)[:, None].expand(-1, 2, -1, -1) + 1, ones, ones, 2)
-        return (sae.attention(qkv * 2, (rows, cols), prefix).square().mean() + z.square().sum() + kl.sum() + sae.feature_mse(mu * 3, logvar)
-                + y.square().sum())
+        out = sae.attention(qkv * 2, (rows, cols), prefix)
+        return out.square().mean() + z.square().sum() + kl.sum() + sae.feature_mse(mu * 3, logvar) + y.square().sum()
 
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -523,7 +533,7 @@ def test_results_are_the_same_bits_every_time_and_at_any_thread_count(device, dt
     def everything():
         x, m = qkv.clone().requires_grad_(), mu.clone().requires_grad_()
         out, (z, kl), loss = sae.attention(x, rope, 5), sae.reparameterize(m, m, 1), sae.feature_mse(m, mu * 2)
-        torch.autograd.backward([out, z, kl, loss], [torch.ones_like(out), torch.ones_like(z), torch.ones_like(kl), torch.ones_like(loss)])
+        torch.autograd.backward([out, z, kl, loss], [torch.ones_like(t) for t in (out, z, kl, loss)])
         return [out, z, kl, loss, x.grad, m.grad, *norm_and_gradients(sae.group_norm_silu, image, dy, weight, bias, 16)]
 
     threads = torch.get_num_threads()
@@ -597,11 +607,11 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     (lambda: sae.reparameterize(torch.zeros(2, 3), torch.zeros(2, 3), 0, 2 ** 63), "offset 9223372036854775808"),
     (lambda: sae.feature_mse(torch.zeros(2, 3), torch.zeros(3, 2)), r"teacher \[3, 2\]"),
     (lambda: sae.group_norm_silu(torch.zeros(2, 6, 3), torch.zeros(6), torch.zeros(6), 2), r"x is \[2, 6, 3\]"),
-    (lambda: sae.group_norm_silu(torch.zeros(2, 6, 3, 3), torch.zeros(6), torch.zeros(6), 4), r"\[2, 6, 3, 3\].* multiple of the 4 groups"),
+    (lambda: sae.group_norm_silu(torch.zeros(2, 6, 3, 3), torch.zeros(6), torch.zeros(6), 4), r"\[2, 6, 3, 3\].* of the 4 groups"),
     (lambda: sae.group_norm_silu(torch.zeros(2, 6, 3, 3), torch.zeros(6), torch.zeros(6), 0), "multiple of the 0 groups"),
     (lambda: sae.group_norm_silu(torch.zeros(2, 6, 0, 3), torch.zeros(6), torch.zeros(6), 2), r"\[2, 6, 0, 3\].* no side 0"),
     (lambda: sae.group_norm_silu(torch.zeros(2, 6, 3, 3), torch.zeros(6), torch.zeros(5), 2), r"bias is \[5\].* it must be \[6\]"),
-    (lambda: sae.group_norm_silu(torch.zeros(2, 6, 3, 3), torch.zeros(6).bfloat16(), torch.zeros(6), 2), "weight is .* torch.bfloat16"),
+    (lambda: sae.group_norm_silu(torch.zeros(2, 6, 3, 3), torch.zeros(6).half(), torch.zeros(6), 2), "weight is .* torch.float16"),
     (lambda: sae.group_norm_silu(torch.zeros(2, 6, 3, 3), torch.zeros(6), torch.zeros(6, device="meta"), 2), "bias is .* meta"),
 ])
 def test_arguments_that_do_not_fit_give_one_sentence_with_the_values(call, message):
@@ -616,8 +626,10 @@ def test_arguments_that_do_not_fit_give_one_sentence_with_the_values(call, messa
     lambda op: op.attention(packed(1, 9, 1), *sae.rope_tables(3, 4), 0),
     lambda op: op.attention(packed(1, 9, 1).double(), *sae.rope_tables(3, 3), 0),
     lambda op: op.attention(packed(1, 9, 1), *(t.double() for t in sae.rope_tables(3, 3)), 0),
-    lambda op: op.attention_backward(torch.zeros(1, 9, 32), packed(1, 9, 1), *sae.rope_tables(3, 3), torch.zeros(1, 9, 64), torch.zeros(1, 1, 9), 0),
-    lambda op: op.attention_backward(torch.zeros(1, 8, 64), packed(1, 9, 1), *sae.rope_tables(3, 3), torch.zeros(1, 8, 64), torch.zeros(1, 1, 9), 0),
+    lambda op: op.attention_backward(torch.zeros(1, 9, 32), packed(1, 9, 1), *sae.rope_tables(3, 3), torch.zeros(1, 9, 64),
+                                     torch.zeros(1, 1, 9), 0),
+    lambda op: op.attention_backward(torch.zeros(1, 8, 64), packed(1, 9, 1), *sae.rope_tables(3, 3), torch.zeros(1, 8, 64),
+                                     torch.zeros(1, 1, 9), 0),
     lambda op: op.reparameterize(torch.zeros(2, 3), torch.zeros(3, 2), 0, 0),
     lambda op: op.reparameterize_backward(torch.zeros(2, 3), torch.zeros(3), torch.zeros(2, 3), torch.zeros(2, 3), 0, 0),
     lambda op: op.feature_mse(torch.zeros(2), torch.zeros(3)),
@@ -657,12 +669,14 @@ def test_without_the_extension_the_reference_serves_and_only_the_first_rank_says
     spec.loader.exec_module(alone)
     del sys.modules["sae_alone"]
     said = capsys.readouterr().err
-    assert said.count("\n") == (rank == "0") and ("sae_csrc.so is not beside sae.py: the slower reference ops serve" in said) == (rank == "0")
+    assert said.count("\n") == (rank == "0")
+    assert ("sae_csrc.so is not beside sae.py: the slower reference ops serve" in said) == (rank == "0")
     qkv, rope = packed(1, 5, 2), sae.rope_tables(2, 2)
     assert torch.equal(alone.attention(qkv, rope, 1), sae.attention_reference(qkv, rope, 1))
     assert alone.feature_mse(torch.ones(3), torch.zeros(3)).item() == 1
 
 
 def test_setup_says_when_there_is_no_compiler_and_refuses_an_unknown_architecture(tmp_path):
-    r = subprocess.run([sys.executable, "setup.py", "-q", "--name"], cwd=ROOT, env=dict(os.environ, PATH=str(tmp_path)), capture_output=True, text=True)
+    r = subprocess.run([sys.executable, "setup.py", "-q", "--name"], cwd=ROOT, env=dict(os.environ, PATH=str(tmp_path)),
+                       capture_output=True, text=True)
     assert r.returncode == 0 and "no C++ compiler: the reference ops serve" in r.stderr
