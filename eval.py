@@ -337,9 +337,11 @@ class Moments:
 
 def frechet_distance(mean1, cov1, mean2, cov2):
     """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^1/2) of two Gaussians, numpy float64, any rank (Heusel et al. 2017)."""
-    def factor(cov):                                                                     # A with A A^T = cov
-        value, vector = scipy.linalg.eigh(cov)
-        return vector * np.sqrt(value.clip(min=0))
+    def factor(cov):                                                                     # A [D,rank] with A A^T = cov
+        lower, order, r, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)                    # pivoted Cholesky: also without full rank
+        a = np.empty_like(lower[:, :r])
+        a[order - 1] = np.tril(lower)[:, :r]
+        return a
 
     # tr (C1 C2)^1/2 = sum of the singular values of A1^T A2. They are the roots of the eigenvalues of C1^1/2 C2 C1^1/2, but found
     # without squaring first: a root of rounding noise would add 1e-8 for every dimension that n images leave empty.

@@ -304,7 +304,7 @@ def torch_load(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:      # on damaged files torch's readers and unpickler raise a dozen kinds of error
-        reason = (str(e) or type(e).__name__).splitlines()[0]
+        reason = " ".join([type(e).__name__, *str(e).splitlines()[:1]]).split(". ")[0]
         raise ValueError(f"{path} is damaged, or no file of weights that torch can read: {reason}; fetch or write it again") from e
 
 

@@ -1,8 +1,12 @@
-"""Images/s of eval.py's parts beside their peers, in one run, interleaved: python tests/bench_eval.py [--size 256] [--batch 16]
+"""eval.py's metrics beside their peers, interleaved in one run: python tests/bench_eval.py [--size 256] [--batch 8] [--rounds 5]
 
-    Inception    ours (folded batch norm, channels_last) against torch-fidelity's, same random weights
+    Inception    ours (folded batch norm, channels_last, one resize) against torch-fidelity's, same random weights
     SSIM         ours (two matrix products) against torchmetrics'
-Prints medians and ratios; the machine is shared, so compare only inside one run.
+    PSNR         ours (per image) against torchmetrics' (over the batch)
+    LPIPS        ours (the heads as products) against the lpips package, VGG16, same random weights
+    FID          ours (eigh, singular values) of two 2048-dimensional Gaussians against torch-fidelity's (eigvals) and scipy's sqrtm, as
+                 pytorch-fid and clean-fid take it
+Prints medians; the number behind them is the time over ours. The rest of a run: `eval.py --profile`.
 """
 import argparse
 import statistics
@@ -11,36 +15,39 @@ import tempfile
 import time
 from pathlib import Path
 
+import lpips
+import numpy as np
+import scipy.linalg
 import torch
 import torchvision
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from torchmetrics.functional.image import structural_similarity_index_measure
+from torch_fidelity.metric_fid import fid_statistics_to_metric
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import eval as E
+import eval as E  # noqa: E402
+from train import LPIPS  # noqa: E402
 
 
-def race(n, rounds, **runners):
-    """Print images/s of each runner and its ratio to the first."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    seconds = {name: [] for name in runners}
+def race(name, n, unit, rounds, **runners):
+    """Print the speed of each runner, `n` units a call, and its time over that of the first."""
+    seconds = {runner: [] for runner in runners}
     for i in range(rounds + 1):                 # the first round warms up
-        for name, runner in runners.items():
+        for runner, function in runners.items():
             start = time.perf_counter()
             with torch.no_grad():
-                runner()
-            if device == "cuda":
+                function()
+            if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if i:
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(s) for name, s in seconds.items()}
-    first = next(iter(medians.values()))
-    for name, s in medians.items():
-        print(f"{name:32} {n / s:9.2f} images/s   {first / s:5.2f} x {next(iter(medians))}")
+                seconds[runner].append(time.perf_counter() - start)
+    medians = {runner: statistics.median(s) for runner, s in seconds.items()}
+    for runner, s in medians.items():
+        print(f"{name:10} {runner:24} {n / s:9.2f} {unit}/s   {s / medians['ours']:5.2f}", flush=True)
 
 
 def main():
-    p = argparse.ArgumentParser()
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--size", type=int, default=256)
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--rounds", type=int, default=5)
@@ -50,15 +57,28 @@ def main():
     torch.manual_seed(0)
     x = torch.randint(0, 256, (args.batch, 3, args.size, args.size), dtype=torch.uint8, device=device)
     y = (x.float() + 10 * torch.randn(x.shape, device=device)).clamp(0, 255).to(torch.uint8)
+    a, b = x / 127.5 - 1, y / 127.5 - 1
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "inception.pth"
-        torch.save(torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False).state_dict(), path)
-        theirs = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path)).to(device)
-        ours = E.FIDInception(path).to(device)
+        inception, vgg = Path(folder) / "inception.pth", Path(folder) / "vgg.pth"
+        torch.save(torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False).state_dict(), inception)
+        fidelity = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(inception)).to(device)
+        ours = E.FIDInception(inception).to(device)
+        package = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).to(device)
+        torch.save({"features." + name.split(".", 1)[1]: t for name, t in package.net.state_dict().items()}, vgg)
+        distance = LPIPS("vgg", vgg).to(device)
     print(f"{torch.get_num_threads()} threads, {device}, batch {args.batch}, {args.size} px, torch {torch.__version__}")
-    race(args.batch, args.rounds, **{"torch-fidelity's Inception": lambda: theirs(x), "ours": lambda: ours(x)})
-    race(args.batch, args.rounds, **{"torchmetrics' SSIM": lambda: structural_similarity_index_measure(y.float(), x.float(), data_range=255.0),
-                                     "ours": lambda: E.ssim(x, y)})
+    race("Inception", args.batch, "images", args.rounds, **{"ours": lambda: ours(x), "torch-fidelity": lambda: fidelity(x)})
+    race("SSIM", args.batch, "images", args.rounds, **{
+        "ours": lambda: E.ssim(x, y), "torchmetrics": lambda: structural_similarity_index_measure(y.float(), x.float(), data_range=255.0)})
+    race("PSNR", args.batch, "images", args.rounds, **{
+        "ours": lambda: E.psnr(x, y), "torchmetrics": lambda: peak_signal_noise_ratio(y.float(), x.float(), data_range=255.0)})
+    race("LPIPS", args.batch, "images", args.rounds, **{"ours": lambda: distance(b, a), "lpips": lambda: package(b, a)})
+    rng = np.random.default_rng(0)
+    (m1, c1), (m2, c2) = ((f.mean(0), np.cov(f, rowvar=False)) for f in (rng.standard_normal((4096, 2048)) for _ in range(2)))
+    one, two = {"mu": m1, "sigma": c1}, {"mu": m2, "sigma": c2}
+    race("FID", 1, "distances", 1, **{"ours": lambda: E.frechet_distance(m1, c1, m2, c2),
+                                      "torch-fidelity": lambda: fid_statistics_to_metric(one, two, False),
+                                      "scipy's sqrtm": lambda: scipy.linalg.sqrtm(c1 @ c2)})
 
 
 if __name__ == "__main__":
