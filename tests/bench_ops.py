@@ -118,12 +118,8 @@ def bench_attention(device, rounds, compiled):
             sets = [torch.randn(B, N, 3, H, 64, device=device, dtype=dtype) for _ in range(4 if device == "cuda" else 1)]
             dout = torch.randn(B, N, H * 64, device=device, dtype=dtype)
             title = f"attention {device} {str(dtype)[6:]} B{B} N{N} H{H}"
-            floor = None
-            if device == "cuda":
-                moved = 4 * dout.numel() * dout.element_size()
-
-                def floor(median):
-                    return f"memory floor at 4.3 TB/s: forward {moved / 4.3e9:.4f} ms"
+            moved = 4 * dout.numel() * dout.element_size()
+            floor = (lambda median, moved=moved: f"memory floor at 4.3 TB/s: forward {moved / 4.3e9:.4f} ms") if device == "cuda" else None
             compare(title + " forward", device, rounds, [(s,) for s in sets], {n: torch.no_grad()(f) for n, f in competitors.items()}, floor)
             both = {n: forward_backward(lambda x, f=f: ([f(x)], [dout])) for n, f in competitors.items()}
             compare(title + " forward and backward", device, rounds, [(s.clone().requires_grad_(),) for s in sets], both)
