@@ -901,8 +901,10 @@ def parse(argv):
         if getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be 1 or more")
     modes = [m for m in ("encode", "decode", "overfit") if getattr(args, m)]
-    if len(modes) > 1 or len(args.models) > 1 and not args.overfit and (modes or args.out):
-        p.error("give one of --encode, --decode, --overfit; these and --out FILE.json go with one model, except --overfit")
+    if len(modes) > 1:
+        p.error("give one of --encode, --decode, --overfit")
+    if len(args.models) > 1 and not args.overfit and (modes or args.out):
+        p.error("--encode, --decode and --out go with one model: drop the option, or name the models one by one")
     if (args.encode or args.decode) and not args.out:
         p.error("--encode needs --out FILE.safetensors, --decode needs --out DIR")
     return args
