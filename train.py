@@ -356,7 +356,7 @@ def options(argv=None):
     p.add_argument("--save-every", type=int, default=5000)
     p.add_argument("--keep", type=int, default=2, help="checkpoints kept: last.pt, last-1.pt, ...")
     p.add_argument("--max-skips", type=int, default=20, help="stop after so many steps in a row with a NaN or infinite loss or gradient")
-    p.add_argument("--timeout", type=float, default=600, help="seconds without progress on any rank after which the run ends")
+    p.add_argument("--timeout", type=float, default=1800, help="seconds without progress on any rank after which the run ends")
     p.add_argument("--tensorboard", action="store_true", help="also write the metrics for TensorBoard")
     p.add_argument("--plot", nargs="+", metavar="RUN", default=None, help="draw the metrics of these output folders, and train nothing")
     p.add_argument("--dry-run", action="store_true", help="print configuration, parameter counts and estimated memory, then stop")
@@ -680,6 +680,7 @@ def main(args, rank, world, store, note):
 
     # Everything that can be refused is refused here, before the first step.
     sae, teacher, disc = build(args)
+    note("listing the images")
     folder = ImageFolder(args.data, args.split)
     if len(folder) < world:
         raise ValueError(f"{args.data} holds {len(folder)} images, fewer than the {world} ranks: start fewer")

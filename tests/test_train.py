@@ -477,7 +477,7 @@ def test_bad_input_is_refused_in_one_sentence_before_anything_is_written(change,
 
 def test_more_ranks_than_images_are_refused(world, tmp_path):
     with pytest.raises(ValueError, match="24 images, fewer than the 25 ranks"):
-        train.main(train.options(command(world, tmp_path / "out")), 0, 25, torch.distributed.HashStore(), note=None)
+        train.main(train.options(command(world, tmp_path / "out")), 0, 25, torch.distributed.HashStore(), note=print)
 
 
 def test_a_finished_run_is_not_overwritten(world, stage1):
