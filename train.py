@@ -232,7 +232,7 @@ class LPIPS(nn.Module):
         shapes = {name: t.shape for name, t in model.net.state_dict().items()}
         wrong = [theirs for name, theirs in trunk.items() if theirs not in tensors or tensors[theirs].shape != shapes[name]]
         if wrong:
-            raise ValueError(f"{path} does not hold torchvision's {net} for LPIPS: {', '.join(wrong)} missing or of another shape")
+            raise ValueError(f"{path} does not hold torchvision's {net} for LPIPS: {', '.join(wrong[:3])}{' ...' * (len(wrong) > 3)} missing or of another shape")
         model.net.load_state_dict({name: tensors[theirs] for name, theirs in trunk.items()})
         self.scaling, self.net, self.heads = model.scaling_layer, model.net, nn.ModuleList(h.model[-1] for h in model.lins)
         self.requires_grad_(False).eval()
