@@ -232,7 +232,8 @@ class LPIPS(nn.Module):
         shapes = {name: t.shape for name, t in model.net.state_dict().items()}
         wrong = [theirs for name, theirs in trunk.items() if theirs not in tensors or tensors[theirs].shape != shapes[name]]
         if wrong:
-            raise ValueError(f"{path} does not hold torchvision's {net} for LPIPS: {', '.join(wrong[:3])}{' ...' * (len(wrong) > 3)} missing or of another shape")
+            raise ValueError(f"{path} does not hold torchvision's {net} for LPIPS: "
+                             f"{', '.join(wrong[:3])}{' ...' * (len(wrong) > 3)} missing or of another shape")
         model.net.load_state_dict({name: tensors[theirs] for name, theirs in trunk.items()})
         self.scaling, self.net, self.heads = model.scaling_layer, model.net, nn.ModuleList(h.model[-1] for h in model.lins)
         self.requires_grad_(False).eval()
@@ -887,8 +888,8 @@ def main(args, rank, world, store, note):
                 save_grid(out / f"grid-{step:07d}.png", x[:8], xhat[:8].detach())
         if in_a_row >= args.max_skips:
             raise ValueError(f"the loss or a gradient was NaN or infinite in the last {in_a_row} steps, up to step {step}, "
-                             f"and they were skipped: go on from {out}/last.pt ({f'step {saved_at}' if saved_at else 'none yet'}) with --resume and a lower --lr, "
-                             "or --precision fp32")
+                             f"and they were skipped: go on from {out}/last.pt ({f'step {saved_at}' if saved_at else 'none yet'}) with --resume "
+                             "and a lower --lr, or --precision fp32")
         if step == args.steps:
             swap(trained.values(), averaged.values())
             latent_statistics(sae, images, args, rank, world, autocast, note)
