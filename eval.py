@@ -41,7 +41,7 @@ from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
 from tqdm import tqdm
 
 from sae import SAE, Posterior, load_safetensors, load_tensors, save_safetensors, torch_load
-from train import LPIPS, ImageFolder, center_crop, load_image, psnr, save_grid, to_float, to_uint8
+from train import LPIPS, ImageFolder, center_crop, load_image, psnr, save_grid, to_float, to_uint8, write
 
 
 # ------------------------------------------------------------------ ranks, images, files
@@ -119,13 +119,6 @@ def digest(*values):
 def slug(text):
     """`text` as the name of a file."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-.")
-
-
-def write(path, save):
-    """save(temporary path), then rename: a file appears whole or not at all."""
-    part = path.with_name(path.name + ".tmp")
-    save(part)
-    os.replace(part, path)
 
 
 # ------------------------------------------------------------------ autoencoders

@@ -430,6 +430,13 @@ def writing(path):
         raise ValueError(f"{path} cannot be written: {e.strerror}; mend that and go on with --resume, what was saved is whole") from e
 
 
+def write(path, save):
+    """save(temporary path), then rename: a file appears whole or not at all."""
+    part = path.with_name(path.name + ".tmp")
+    save(part)
+    os.replace(part, path)
+
+
 def save(out, state, keep):
     """Write out/last.pt, whole or not at all; last-1.pt, last-2.pt ... are the ones before, `keep` in all."""
     tmp, kept = out / "last.pt.tmp", [out / "last.pt", *(out / f"last-{i}.pt" for i in range(1, keep))]
@@ -770,9 +777,7 @@ def main(args, rank, world, store, note):
             # Lines after the checkpoint belong to steps that will be done again; a kill can have cut the last one short.
             lines = metrics.read_text().splitlines() if metrics.exists() else []
             lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            tmp = out / "metrics.jsonl.tmp"
-            tmp.write_text("".join(line + "\n" for line in lines))
-            os.replace(tmp, metrics)
+            write(metrics, lambda part: part.write_text("".join(line + "\n" for line in lines)))
             board = tensorboard(out, step) if args.tensorboard else None
 
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
