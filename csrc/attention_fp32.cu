@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Attention a) {
 #pragma unroll
         for (int i = 0; i < 16; ++i) o.v[i] *= shrink;
       }
-      const float weight = exp2f(s - m);
+      const float weight = s == -INFINITY ? 0.f : exp2f(s - m);          // m is -INFINITY, too, until a score is more
       l += weight;
       add(o, weight, load_part(vs + j * D, c));
     }

@@ -4,41 +4,50 @@
 inline void fill_normals(uint64_t seed, uint64_t first, int64_t n, float* eps) {
   const PhiloxKey key = {uint32_t(seed), uint32_t(seed >> 32)};
   // Lane 4 q + j works on block q + j L / 4: then the 4 x 4 transpositions leave the normals in stream order.
-  U lane;
-  for (int i = 0; i < L; ++i) lane[i] = uint32_t(i / 4 + i % 4 * (L / 4));
+  W even, odd;
+  for (int i = 0; i < L; i += 2) even[i / 2] = i / 4 + i % 4 * (L / 4), odd[i / 2] = i / 4 + (i + 1) % 4 * (L / 4);
   for (uint64_t block = first / 4; n > 0; block += L, n -= 4 * L, eps += 4 * L) {
-    const U lo = uint32_t(block) + lane, carry = bits<U>(lo < uint32_t(block)) & 1u;
+    W a[4] = {block + even, (block + even) >> 32, W{}, W{}}, b[4] = {block + odd, (block + odd) >> 32, W{}, W{}};
+    philox(a, key);
+    philox(b, key);
+    U words[4];
+    for (int j = 0; j < 4; ++j) words[j] = bits<U>((a[j] & 0xFFFFFFFFu) | b[j] << 32);
     F v[4];
-    normals<F, I>(lo, uint32_t(block >> 32) + carry, key, v);
+    normals<F, I>(words, v);
     transpose4(v);
     for (int j = 0; j < 4; ++j) *(F*)(eps + j * L) = v[j];
   }
 }
 
 constexpr int64_t kFold = 16 * L;                             // so many elements are summed in fp32 before they join a double
+constexpr int64_t kStrip = 256;                               // so much noise at a time, while the memory that it meets is fetched
 
 SAE_INLINE F clamp_logvar(F v) { return clamp(v, -30.f, 20.f); }
+template <class E>
+SAE_INLINE void fetch(const E* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(E))) __builtin_prefetch(p + i);
+}
 
 // z = mu + exp(logvar / 2) eps,  KL = 1/2 sum(mu^2 + var - 1 - logvar)
 template <class T>
 inline double gaussian_forward(const typename T::Element* mu, const typename T::Element* logvar, uint64_t seed, uint64_t first,
                                int64_t n, typename T::Element* z) {
-  alignas(64) float noise[kChunk + 8 * L];
-  const float* eps = noise + first % 4;
-  fill_normals(seed, first, n + int64_t(first % 4), noise);
-  F kl = {};
+  alignas(64) float noise[kStrip + 8 * L];
   double total = 0;
-  for (int64_t i = 0; i < n; i += L) {
-    const int64_t left = n - i;
-    const F m = left >= L ? T::load(mu + i) : load_some<T>(mu + i, left);
-    const F v = clamp_logvar(left >= L ? T::load(logvar + i) : load_some<T>(logvar + i, left));
-    const F std = exp_clamped(0.5f * v), x = fused(std, *(const FUnaligned*)(eps + i), m);
-    kl += fused(m, m, fused(std, std, F{} - 1.f) - v);        // the padding has mu = logvar = 0: exactly 0
-    if (left >= L)
-      T::store(z + i, x);
-    else
-      store_some<T>(z + i, x, left);
-    if ((i + L) % kFold == 0 || i + L >= n) total += sum_lanes(kl), kl = F{};
+  for (int64_t strip = 0; strip < n; strip += kStrip) {
+    const int64_t end = n - strip < kStrip ? n : strip + kStrip;
+    fetch(mu + strip, end - strip);
+    fetch(logvar + strip, end - strip);
+    fill_normals(seed, first + strip, end - strip + int64_t(first % 4), noise);
+    const float* eps = noise + first % 4;
+    F kl = {};
+    for (int64_t i = strip; i < end; i += L, eps += L) {
+      const F m = load_some<T>(mu + i, n - i), v = clamp_logvar(load_some<T>(logvar + i, n - i));
+      const F std = exp_clamped(0.5f * v);
+      kl += fused(m, m, fused(std, std, F{} - 1.f) - v);      // the padding has mu = logvar = 0: exactly 0
+      store_some<T>(z + i, fused(std, *(const FUnaligned*)eps, m), n - i);
+    }
+    total += sum_lanes(kl);
   }
   return 0.5 * total;
 }
@@ -48,24 +57,20 @@ template <class T>
 inline void gaussian_backward(const typename T::Element* dz, float dkl, const typename T::Element* mu,
                               const typename T::Element* logvar, uint64_t seed, uint64_t first, int64_t n,
                               typename T::Element* dmu, typename T::Element* dlogvar) {
-  alignas(64) float noise[kChunk + 8 * L];
-  const float* eps = noise + first % 4;
-  fill_normals(seed, first, n + int64_t(first % 4), noise);
-  for (int64_t i = 0; i < n; i += L) {
-    const int64_t left = n - i;
-    const bool whole = left >= L;
-    const F m = whole ? T::load(mu + i) : load_some<T>(mu + i, left), g = whole ? T::load(dz + i) : load_some<T>(dz + i, left);
-    const F raw = whole ? T::load(logvar + i) : load_some<T>(logvar + i, left), v = clamp_logvar(raw);
-    const F std = exp_clamped(0.5f * v);
-    const F dm = fused(m, F{} + dkl, g);
-    F dv = 0.5f * fused(g * std, *(const FUnaligned*)(eps + i), dkl * fused(std, std, F{} - 1.f));
-    dv = select((raw > -30.f) & (raw < 20.f), dv, F{});
-    if (whole) {
-      T::store(dmu + i, dm);
-      T::store(dlogvar + i, dv);
-    } else {
-      store_some<T>(dmu + i, dm, left);
-      store_some<T>(dlogvar + i, dv, left);
+  alignas(64) float noise[kStrip + 8 * L];
+  for (int64_t strip = 0; strip < n; strip += kStrip) {
+    const int64_t end = n - strip < kStrip ? n : strip + kStrip;
+    fetch(mu + strip, end - strip);
+    fetch(logvar + strip, end - strip);
+    fetch(dz + strip, end - strip);
+    fill_normals(seed, first + strip, end - strip + int64_t(first % 4), noise);
+    const float* eps = noise + first % 4;
+    for (int64_t i = strip; i < end; i += L, eps += L) {
+      const F m = load_some<T>(mu + i, n - i), g = load_some<T>(dz + i, n - i), raw = load_some<T>(logvar + i, n - i);
+      const F std = exp_clamped(0.5f * clamp_logvar(raw));
+      const F dv = 0.5f * fused(g * std, *(const FUnaligned*)eps, dkl * fused(std, std, F{} - 1.f));
+      store_some<T>(dmu + i, fused(m, F{} + dkl, g), n - i);
+      store_some<T>(dlogvar + i, select((raw > -30.f) & (raw < 20.f), dv, F{}), n - i);
     }
   }
 }
@@ -86,8 +91,7 @@ inline double sum_of_squares(const typename T::Element* a, const typename T::Ele
 template <class T>
 inline void difference(float scale, const typename T::Element* a, const typename T::Element* b, int64_t n, typename T::Element* d) {
   int64_t i = 0;
-  for (; i + L <= n; i += L) T::store(d + i, scale * (T::load(a + i) - T::load(b + i)));
-  if (i < n) store_some<T>(d + i, scale * (load_some<T>(a + i, n - i) - load_some<T>(b + i, n - i)), n - i);
+  for (; i < n; i += L) store_some<T>(d + i, scale * (load_some<T>(a + i, n - i) - load_some<T>(b + i, n - i)), n - i);
 }
 
 inline double reparameterize_forward(Type type, const void* mu, const void* logvar, uint64_t seed, uint64_t first, int64_t n, void* z) {

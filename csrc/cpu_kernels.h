@@ -10,6 +10,7 @@ constexpr int L = SAE_LANES;
 typedef float F __attribute__((vector_size(4 * L)));
 typedef uint32_t U __attribute__((vector_size(4 * L)));
 typedef int32_t I __attribute__((vector_size(4 * L)));
+typedef uint64_t W __attribute__((vector_size(4 * L)));       // half as many lanes
 typedef uint16_t U16 __attribute__((vector_size(2 * L)));
 typedef float FUnaligned __attribute__((vector_size(4 * L), aligned(4), may_alias));
 typedef uint16_t U16Unaligned __attribute__((vector_size(2 * L), aligned(2), may_alias));
@@ -30,13 +31,8 @@ SAE_INLINE F to_float(I v) { return __builtin_convertvector(v, F); }
 
 #if SAE_LANES == 16
 SAE_INLINE F fused(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+SAE_INLINE W multiply(uint32_t m, W v) { return (W)_mm512_mul_epu32((__m512i)v, _mm512_set1_epi32((int)m)); }
 SAE_INLINE F square_root(F v) { return (F)_mm512_sqrt_ps((__m512)v); }
-SAE_INLINE U mul_wide(uint32_t m, U v, U& high) {
-  const __m512i x = (__m512i)v, mm = _mm512_set1_epi32((int)m);
-  const __m512i even = _mm512_mul_epu32(x, mm), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), mm);
-  high = (U)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-  return (U)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
-}
 SAE_INLINE void transpose4(F (&v)[4]) {                       // 4 x 4 inside every 128 bits
   const __m512 a = _mm512_unpacklo_ps((__m512)v[0], (__m512)v[1]), b = _mm512_unpackhi_ps((__m512)v[0], (__m512)v[1]);
   const __m512 c = _mm512_unpacklo_ps((__m512)v[2], (__m512)v[3]), d = _mm512_unpackhi_ps((__m512)v[2], (__m512)v[3]);
@@ -68,13 +64,8 @@ SAE_INLINE F half_to_float(U16 v) { return (F)_mm512_cvtph_ps((__m256i)v); }
 SAE_INLINE U16 float_to_half(F v) { return (U16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 #elif SAE_LANES == 8
 SAE_INLINE F fused(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+SAE_INLINE W multiply(uint32_t m, W v) { return (W)_mm256_mul_epu32((__m256i)v, _mm256_set1_epi32((int)m)); }
 SAE_INLINE F square_root(F v) { return (F)_mm256_sqrt_ps((__m256)v); }
-SAE_INLINE U mul_wide(uint32_t m, U v, U& high) {
-  const __m256i x = (__m256i)v, mm = _mm256_set1_epi32((int)m);
-  const __m256i even = _mm256_mul_epu32(x, mm), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), mm);
-  high = (U)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-  return (U)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
-}
 SAE_INLINE void transpose4(F (&v)[4]) {
   const __m256 a = _mm256_unpacklo_ps((__m256)v[0], (__m256)v[1]), b = _mm256_unpackhi_ps((__m256)v[0], (__m256)v[1]);
   const __m256 c = _mm256_unpacklo_ps((__m256)v[2], (__m256)v[3]), d = _mm256_unpackhi_ps((__m256)v[2], (__m256)v[3]);
@@ -89,10 +80,7 @@ SAE_INLINE F clamp(F v, float low, float high) {
 }
 SAE_INLINE F reciprocal(F v) { return 1.f / v; }
 SAE_INLINE F bf16_to_float(U16 v) { return (F)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16); }
-SAE_INLINE U16 float_to_bf16(F v) {
-  const U x = bits<U>(v), r = select(v != v, U{} + 0x7fc0u, (x + 0x7fffu + (x >> 16 & 1u)) >> 16);
-  return (U16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)r, (__m256i)r), 0x88));
-}
+SAE_INLINE U16 narrow(U v) { return (U16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)v, (__m256i)v), 0x88)); }
 SAE_INLINE F half_to_float(U16 v) { return (F)_mm256_cvtph_ps((__m128i)v); }
 SAE_INLINE U16 float_to_half(F v) { return (U16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 #else
@@ -101,14 +89,10 @@ SAE_INLINE F fused(F a, F b, F c) {
   for (int i = 0; i < L; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return r;
 }
+SAE_INLINE W multiply(uint32_t m, W v) { return (v & 0xFFFFFFFFu) * m; }
 SAE_INLINE F square_root(F v) {
   for (int i = 0; i < L; ++i) v[i] = __builtin_sqrtf(v[i]);
   return v;
-}
-SAE_INLINE U mul_wide(uint32_t m, U v, U& high) {
-  high = U{};
-  for (int i = 0; i < L; ++i) high[i] = uint32_t(uint64_t(m) * v[i] >> 32);
-  return m * v;
 }
 SAE_INLINE void transpose4(F (&v)[4]) {
   F t[4] = {};
@@ -123,10 +107,7 @@ SAE_INLINE F clamp(F v, float low, float high) {
 }
 SAE_INLINE F reciprocal(F v) { return 1.f / v; }
 SAE_INLINE F bf16_to_float(U16 v) { return bits<F>(__builtin_convertvector(v, U) << 16); }
-SAE_INLINE U16 float_to_bf16(F v) {
-  const U x = bits<U>(v), r = select(v != v, U{} + 0x7fc0u, (x + 0x7fffu + (x >> 16 & 1u)) >> 16);
-  return __builtin_convertvector(r, U16);
-}
+SAE_INLINE U16 narrow(U v) { return __builtin_convertvector(v, U16); }
 SAE_INLINE F half_to_float(U16 v) {                           // exponent re-based by a multiplication, which also serves denormals
   const U x = __builtin_convertvector(v, U);
   const F magnitude = bits<F>((x & 0x7fffu) << 13) * 0x1p112f;
@@ -140,9 +121,22 @@ SAE_INLINE U16 float_to_half(F v) {                           // round to neares
   U r = select(a < 0x38800000u, denormal, normal);
   r = select(a >= 0x477ff000u, U{} + 0x7c00u, r);
   r = select(a > 0x7f800000u, U{} + 0x7e00u, r);
-  return __builtin_convertvector(r | sign, U16);
+  return narrow(r | sign);
 }
 #endif
+#if SAE_LANES != 16
+SAE_INLINE U16 float_to_bf16(F v) {                           // as above
+  const U x = bits<U>(v);
+  return narrow(select(v != v, U{} + 0x7fc0u, (x + 0x7fffu + (x >> 16 & 1u)) >> 16));
+}
+#endif
+
+// For Philox: 32-bit numbers in 64-bit lanes, where a product has room. What stands above the lower 32 bits does not count.
+SAE_INLINE W mul_wide(uint32_t m, W v, W& high) {
+  const W product = multiply(m, v);
+  high = product >> 32;
+  return product;
+}
 
 struct F32 {
   typedef float Element;
@@ -167,15 +161,17 @@ struct F16 {
   }
   static SAE_INLINE void store(uint16_t* p, F v) { *(U16Unaligned*)p = float_to_half(v); }
 };
-// The first n < L lanes; the others read as 0.
+// The first n lanes, all where n >= L; the others read as 0.
 template <class T>
 SAE_INLINE F load_some(const typename T::Element* p, int64_t n) {
+  if (n >= L) return T::load(p);
   typename T::Element t[L] = {};
   for (int64_t i = 0; i < n; ++i) t[i] = p[i];
   return T::load(t);
 }
 template <class T>
 SAE_INLINE void store_some(typename T::Element* p, F v, int64_t n) {
+  if (n >= L) return T::store(p, v);
   typename T::Element t[L];
   T::store(t, v);
   for (int64_t i = 0; i < n; ++i) p[i] = t[i];

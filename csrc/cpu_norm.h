@@ -3,31 +3,22 @@
 // Memory is channels last: rows of C channels. Constants of a channel repeat every `columns` elements, whole vectors of them even
 // if C is no multiple of L, so a chunk is one stream of vectors: at element i the constants are those of column i % columns.
 
-struct Whole {                                                // vector of a chunk
-  int64_t i, column;
-};
-struct Part {                                                 // of the last one: its first lanes
+struct At {                                                   // one vector of a chunk: all of its lanes count, except in the last one
   int64_t i, column, lanes;
 };
 template <class Body>
 SAE_INLINE void for_vectors(int64_t n, int64_t columns, Body body) {
   int64_t row = 0, j = 0;
   for (; row + columns <= n; row += columns)
-    for (j = 0; j < columns; j += L) body(Whole{row + j, j});
-  for (j = 0; row + j + L <= n; j += L) body(Whole{row + j, j});
-  if (row + j < n) body(Part{row + j, j, n - row - j});
+    for (j = 0; j < columns; j += L) body(At{row + j, j, L});
+  for (j = 0; row + j + L <= n; j += L) body(At{row + j, j, L});
+  if (row + j < n) body(At{row + j, j, n - row - j});
 }
 template <class T>
-SAE_INLINE F load_lanes(const typename T::Element* p, Whole at) { return T::load(p + at.i); }
+SAE_INLINE F load_lanes(const typename T::Element* p, At at) { return load_some<T>(p + at.i, at.lanes); }
 template <class T>
-SAE_INLINE F load_lanes(const typename T::Element* p, Part at) { return load_some<T>(p + at.i, at.lanes); }
-template <class T>
-SAE_INLINE void store_lanes(typename T::Element* p, F v, Whole at) { T::store(p + at.i, v); }
-template <class T>
-SAE_INLINE void store_lanes(typename T::Element* p, F v, Part at) { store_some<T>(p + at.i, v, at.lanes); }
-SAE_INLINE F first_lanes(F v, Whole) { return v; }
-SAE_INLINE F first_lanes(F v, Part at) { return load_some<F32>((const float*)&v, at.lanes); }
-template <class At>
+SAE_INLINE void store_lanes(typename T::Element* p, F v, At at) { store_some<T>(p + at.i, v, at.lanes); }
+SAE_INLINE F first_lanes(F v, At at) { return load_some<F32>((const float*)&v, at.lanes); }
 SAE_INLINE F at_column(const float* constants, At at) { return *(const F*)(constants + at.column); }
 
 // [columns] -> sums over each group, [groups]
@@ -61,11 +52,11 @@ inline void moments(const NormShape& s, const typename T::Element* x, int64_t n,
   float *sum = scratch, *squares = sum + s.columns, *center = squares + s.columns;
   const double count = double(n / s.groups);
   for (int64_t j = 0; j < s.columns; j += L) *(F*)(sum + j) = F{};
-  for_vectors(n, s.columns, [&](auto at) { *(F*)(sum + at.column) += load_lanes<T>(x, at); });
+  for_vectors(n, s.columns, [&](At at) { *(F*)(sum + at.column) += load_lanes<T>(x, at); });
   fold_groups(sum, s, mean);
   spread_groups(mean, 1 / count, s, center);
   for (int64_t j = 0; j < s.columns; j += L) *(F*)(sum + j) = *(F*)(squares + j) = F{};
-  for_vectors(n, s.columns, [&](auto at) {
+  for_vectors(n, s.columns, [&](At at) {
     const F d = first_lanes(load_lanes<T>(x, at) - at_column(center, at), at);
     *(F*)(sum + at.column) += d;
     *(F*)(squares + at.column) = fused(d, d, at_column(squares, at));
@@ -85,7 +76,7 @@ SAE_INLINE F sigmoid(F u) { return reciprocal(1.f + exp_clamped(clamp(-u, -87.f,
 template <class T>
 inline void norm_apply(const NormShape& s, const typename T::Element* x, int64_t n, const float* constants, typename T::Element* y) {
   const float *mean = constants, *scale = mean + s.columns, *bias = scale + s.columns;
-  for_vectors(n, s.columns, [&](auto at) {
+  for_vectors(n, s.columns, [&](At at) {
     const F u = fused(load_lanes<T>(x, at) - at_column(mean, at), at_column(scale, at), at_column(bias, at));
     store_lanes<T>(y, u * sigmoid(u), at);
   });
@@ -104,7 +95,7 @@ inline void norm_sums(const NormShape& s, const typename T::Element* dy, const t
   const float *mean = constants, *scale = mean + s.columns, *bias = scale + s.columns;
   float *sum = scratch, *product = sum + s.columns;
   for (int64_t j = 0; j < s.columns; j += L) *(F*)(sum + j) = *(F*)(product + j) = F{};
-  for_vectors(n, s.columns, [&](auto at) {
+  for_vectors(n, s.columns, [&](At at) {
     const F d = load_lanes<T>(x, at) - at_column(mean, at);   // past the end dy is 0, and so is du
     const F g = silu_gradient(load_lanes<T>(dy, at), fused(d, at_column(scale, at), at_column(bias, at)));
     *(F*)(sum + at.column) += g;
@@ -122,7 +113,7 @@ template <class T>
 inline void norm_gradient(const NormShape& s, const float* du, const typename T::Element* x, int64_t n, const float* constants,
                           typename T::Element* dx) {
   const float *mean = constants, *scale = mean + s.columns, *offset = scale + 2 * s.columns, *slope = offset + s.columns;
-  for_vectors(n, s.columns, [&](auto at) {
+  for_vectors(n, s.columns, [&](At at) {
     const F d = load_lanes<T>(x, at) - at_column(mean, at), rest = fused(d, at_column(slope, at), at_column(offset, at));
     store_lanes<T>(dx, fused(load_lanes<F32>(du, at), at_column(scale, at), -rest), at);
   });

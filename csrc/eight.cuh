@@ -64,6 +64,19 @@ SAE_INLINE void store(T* p, const Eight& e, int n) {
   }
 }
 
+// The sum over a block of n threads, in every thread: always in the same order. shared has room for n.
+template <int n>
+SAE_INLINE double block_sum(double v, double* shared) {
+  __syncthreads();
+  shared[threadIdx.x] = v;
+  for (int half = n / 2; half; half /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+  }
+  __syncthreads();
+  return shared[0];
+}
+
 // kernel<T, fast>(arguments...) for a type that is known at run time
 #define SAE_LAUNCH(kernel, type, fast, blocks, threads, shared, ...)                                                                    \
   (type == Type::f32    ? launch(fast ? kernel<float, true> : kernel<float, false>, blocks, threads, shared, stream, __VA_ARGS__)       \

@@ -43,6 +43,12 @@ constexpr int kThreads = 256;
 constexpr int64_t kPass = kThreads * kEach;                              // elements of one pass of a block: kChunk takes two
 static_assert(kChunk % kPass == 0, "");
 
+SAE_INLINE void normals_of(uint64_t block, PhiloxKey key, float (&eps)[4]) {
+  uint32_t words[4] = {static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), 0, 0};
+  philox(words, key);
+  normals<float, int32_t>(words, eps);
+}
+
 template <bool kFast>
 SAE_INLINE Eight draw(uint64_t seed, uint64_t first) {
   const PhiloxKey key = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
@@ -50,19 +56,17 @@ SAE_INLINE Eight draw(uint64_t seed, uint64_t first) {
   if constexpr (kFast) {
 #pragma unroll
     for (int i = 0; i < kEach; i += 4) {
-      const uint64_t block = first / 4 + i / 4;
       float four[4];
-      normals<float, int32_t>(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), key, four);
+      normals_of(first / 4 + i / 4, key, four);
 #pragma unroll
       for (int j = 0; j < 4; ++j) eps.v[i + j] = four[j];
     }
   } else {
 #pragma unroll 1
     for (int i = 0; i < kEach; ++i) {
-      const uint64_t block = (first + i) / 4;
       const int j = (first + i) % 4;
       float four[4];
-      normals<float, int32_t>(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), key, four);
+      normals_of((first + i) / 4, key, four);
       const float v = j == 0 ? four[0] : j == 1 ? four[1] : j == 2 ? four[2] : four[3];
 #pragma unroll
       for (int k = 0; k < kEach; ++k) eps.v[k] = k == i ? v : eps.v[k];    // no indexing by i: the array stays in registers
@@ -74,8 +78,8 @@ SAE_INLINE Eight draw(uint64_t seed, uint64_t first) {
 // A NaN passes both comparisons and stays.
 SAE_INLINE float clamp_logvar(float v) { return v < -30.f ? -30.f : v > 20.f ? 20.f : v; }
 
-// The sum over the block, in thread 0.
-SAE_INLINE float block_sum(float v) {
+// The sum over the block, in thread 0, in fp32.
+SAE_INLINE float sum_of_warps(float v) {
   float* warp = shared_memory<float>();
 #pragma unroll
   for (int m = 16; m; m >>= 1) v += __shfl_xor_sync(~0u, v, m);
@@ -88,15 +92,10 @@ SAE_INLINE float block_sum(float v) {
 }
 // out[block] = float(scale * sum of n doubles): always in the same order.
 __global__ void __launch_bounds__(kThreads) finish_kernel(const double* partial, int64_t n, double scale, float* out) {
-  double* sums = shared_memory<double>();
   double s = 0.;
   for (int64_t i = threadIdx.x; i < n; i += kThreads) s += partial[blockIdx.x * n + i];
-  sums[threadIdx.x] = s;
-  for (int half = kThreads / 2; half; half /= 2) {
-    __syncthreads();
-    if (static_cast<int>(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-  }
-  if (threadIdx.x == 0) out[blockIdx.x] = static_cast<float>(scale * sums[0]);
+  const double sum = block_sum<kThreads>(s, shared_memory<double>());
+  if (threadIdx.x == 0) out[blockIdx.x] = static_cast<float>(scale * sum);
 }
 
 struct Chunk {                                                           // of a sample, that this block works on
@@ -125,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) reparameterize_forward_kernel(const 
     }
     store<kFast>(static_cast<T*>(a.z) + at, z, left);
   }
-  const float sum = block_sum(kl);
+  const float sum = sum_of_warps(kl);
   if (threadIdx.x == 0) a.partial[blockIdx.x] = sum;
 }
 
@@ -161,7 +160,7 @@ __global__ void __launch_bounds__(kThreads) squared_error_forward_kernel(const S
 #pragma unroll
     for (int j = 0; j < kEach; ++j) sum += (a.v[j] - b.v[j]) * (a.v[j] - b.v[j]);          // 0 past the end
   }
-  const float total = block_sum(sum);
+  const float total = sum_of_warps(sum);
   if (threadIdx.x == 0) e.partial[blockIdx.x] = total;
 }
 

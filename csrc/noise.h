@@ -22,7 +22,7 @@ struct PhiloxKey {
   uint32_t lo, hi;
 };
 
-// mul_wide(m, x, high) returns the low 32 bits of m x and sets the high ones.
+// The counter of a block -> its four words. mul_wide(m, x, high) returns the low 32 bits of m x and sets the high ones.
 template <class U>
 SAE_INLINE void philox(U (&c)[4], PhiloxKey key) {
   SAE_UNROLL
@@ -80,10 +80,9 @@ SAE_INLINE void cos_sin_turns(U x, F& cosine, F& sine) {
   sine = bits<F>(bits<U>(select(odd, c, s)) ^ sign_s);
 }
 
+// The four words of a block -> its four normals.
 template <class F, class I, class U>
-SAE_INLINE void normals(U block_lo, U block_hi, PhiloxKey key, F (&eps)[4]) {
-  U x[4] = {block_lo, block_hi, U{}, U{}};
-  philox(x, key);
+SAE_INLINE void normals(const U (&x)[4], F (&eps)[4]) {
   SAE_UNROLL
   for (int i = 0; i < 4; i += 2) {
     const F r = square_root(minus_two_log<F, I>(x[i]));

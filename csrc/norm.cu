@@ -137,18 +137,6 @@ __global__ void __launch_bounds__(kThreads, 2) moments_kernel(const GroupNorm a,
   }
 }
 
-// The sum over the block, in every thread: always in the same order.
-SAE_INLINE double block_sum(double v, double* shared) {
-  __syncthreads();
-  shared[threadIdx.x] = v;
-  for (int half = kFinishThreads / 2; half; half /= 2) {
-    __syncthreads();
-    if (static_cast<int>(threadIdx.x) < half) shared[threadIdx.x] += shared[threadIdx.x + half];
-  }
-  __syncthreads();
-  return shared[0];
-}
-
 // A block to a group of a sample: Chan's formula over its channels and chunks.
 __global__ void __launch_bounds__(kFinishThreads) statistics_kernel(const GroupNorm a, const Cut c) {
   double* shared = shared_memory<double>();
@@ -161,12 +149,12 @@ __global__ void __launch_bounds__(kFinishThreads) statistics_kernel(const GroupN
   };
   double mean = 0., square = 0.;
   for (int64_t i = threadIdx.x; i < entries; i += kFinishThreads) mean += means[i / width * 2 * a.C + i % width] * count(i / width);
-  mean = block_sum(mean, shared) / static_cast<double>(a.rows * width);
+  mean = block_sum<kFinishThreads>(mean, shared) / static_cast<double>(a.rows * width);
   for (int64_t i = threadIdx.x; i < entries; i += kFinishThreads) {
     const float* m = means + i / width * 2 * a.C + i % width;
     square += m[a.C] + (m[0] - mean) * (m[0] - mean) * count(i / width);
   }
-  square = block_sum(square, shared);
+  square = block_sum<kFinishThreads>(square, shared);
   if (threadIdx.x == 0) {
     a.mean[blockIdx.x] = static_cast<float>(mean);
     a.rstd[blockIdx.x] = static_cast<float>(1. / sqrt(square / static_cast<double>(a.rows * width) + a.eps));
@@ -264,8 +252,8 @@ __global__ void __launch_bounds__(kFinishThreads) slopes_kernel(const GroupNorm 
     du += a.weight[g * width + i] * s;
     du_xhat += a.weight[g * width + i] * q;
   }
-  du = block_sum(du, shared);
-  du_xhat = block_sum(du_xhat, shared);
+  du = block_sum<kFinishThreads>(du, shared);
+  du_xhat = block_sum<kFinishThreads>(du_xhat, shared);
   if (threadIdx.x == 0) {                                                // dx = scale du - (slope[0] + slope[1] (x - mean))
     const double count = static_cast<double>(a.rows * width);
     a.slope[(sample * 2 + 0) * a.groups + g] = static_cast<float>(rstd * du / count);

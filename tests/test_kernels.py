@@ -63,15 +63,29 @@ def test_every_injected_bug_is_noticed_and_the_sanitizers_pass_the_unbroken_kern
     assert survivors == []
 
 
-@pytest.mark.skipif(sae.NO_CSRC is not None, reason=f"the C++ ops are not built: {sae.NO_CSRC}")
-@pytest.mark.parametrize("n, seed, offset", [(4096 + 8, 3, 0), (75, 2 ** 62 + 1, 2), (64, 9, 2 ** 36 + 4), (16, 1, 2 ** 34 - 8)])
-def test_noise_of_the_cuda_kernel_equals_noise_of_the_cpu_bit_for_bit(module, n, seed, offset):
+def load(module):
     spec = importlib.util.spec_from_file_location("emulate", module)
     emulate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(emulate)
+    return emulate
+
+
+@pytest.mark.parametrize("type, dtype", [(F32, torch.float32), (BF16, torch.bfloat16)], ids=["float32", "bfloat16"])
+def test_a_key_whose_score_is_minus_infinity_has_no_weight(module, type, dtype):
+    torch.manual_seed(0)
+    qkv, rope = torch.randn(1, 5, 3, 1, 64, dtype=dtype), sae.rope_tables(1, 1)
+    qkv[:, :4, 0], qkv[:, 1:, 1], qkv[:, 0, 1] = 1e20, 1e-20 * qkv[:, 1:, 1], -1e20      # the first key, where the maximum begins
+    out, lse = torch.empty(1, 5, 64, dtype=dtype), torch.empty(1, 1, 5)
+    load(module).attention_forward(type, 1, 5, 1, 4, 1, 1, *(t.data_ptr() for t in (*rope, qkv, out, lse)))
+    torch.testing.assert_close(out[:, :4], sae.attention_reference(qkv, rope, 4)[:, :4])
+
+
+@pytest.mark.skipif(sae.NO_CSRC is not None, reason=f"the C++ ops are not built: {sae.NO_CSRC}")
+@pytest.mark.parametrize("n, seed, offset", [(4096 + 8, 3, 0), (75, 2 ** 62 + 1, 2), (64, 9, 2 ** 36 + 4), (16, 1, 2 ** 34 - 8)])
+def test_noise_of_the_cuda_kernel_equals_noise_of_the_cpu_bit_for_bit(module, n, seed, offset):
     zero, z, kl = torch.zeros(1, n), torch.empty(1, n), torch.empty(1)
     partial = torch.empty(emulate.partials(n), dtype=torch.float64)
-    emulate.reparameterize_forward(F32, 1, n, seed, offset, *(t.data_ptr() for t in (zero, zero, z, kl, partial)))
+    load(module).reparameterize_forward(F32, 1, n, seed, offset, *(t.data_ptr() for t in (zero, zero, z, kl, partial)))
     assert torch.equal(z, sae.reparameterize(zero, zero, seed, offset)[0])
 
 
