@@ -912,14 +912,12 @@ def main(argv=None):
         torch.cuda.set_device(device)           # what NCCL and its barrier take
     # fp32 means fp32: TF32 alone moves an rFID in the third digit
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        if args.encode or args.decode:
-            (encode_folder if args.encode else decode_file)(load_model(args.models[0], args, device), args)
-        else:
-            (overfit_all if args.overfit else score_all)(args, device)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if args.encode or args.decode:
+        (encode_folder if args.encode else decode_file)(load_model(args.models[0], args, device), args)
+    else:
+        (overfit_all if args.overfit else score_all)(args, device)
+    if dist.is_initialized():                   # not after an error: it would wait for the ranks that have met none
+        dist.destroy_process_group()
 
 
 def score_all(args, device):

@@ -92,7 +92,7 @@ rule cpp
   deps = gcc
   description = $in
 rule cu
-  command = "{nvcc}" -MMD -MF $out.d -std=c++17 -O3 -Xcompiler -fPIC {gencode(os.environ.get('TORCH_CUDA_ARCH_LIST', '8.0;9.0+PTX'))} -c "$in" -o "$out"
+  command = "{nvcc}" -MMD -MF $out.d -std=c++17 -O3 -lineinfo -Xcompiler -fPIC {gencode(os.environ.get('TORCH_CUDA_ARCH_LIST', '8.0;9.0+PTX'))} -c "$in" -o "$out"
   depfile = $out.d
   deps = gcc
   description = $in

@@ -683,6 +683,7 @@ def main(args, rank, world, store, note):
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     out = Path(args.out)
     images_per_step = args.batch * world * args.accumulate
+    torch.backends.cudnn.allow_tf32 = args.precision == "bf16"  # on by default, and fp32 means fp32
     if rank > 0:
         warnings.simplefilter("ignore")                         # rank 0 says it
 
@@ -931,17 +932,21 @@ def launch(argv=None):
         args = options(argv)
         if args.plot:
             return plot(args.plot)
-        with watch(dist.PrefixStore("watch", store), rank, world, args.timeout) as note:
+        # A clone: its own connection does not wait while the other one does.
+        with watch(dist.PrefixStore("watch", store.clone()), rank, world, args.timeout) as note:
             return main(args, rank, world, store, note)
     except ValueError as e:
         key = problem = str(e)
     except RuntimeError as e:
-        reason = str(e).splitlines()[0]
-        if "DataLoader worker" in reason:
+        reason = " ".join(str(e).split())[:300]
+        if isinstance(e, torch.OutOfMemoryError):
+            key = problem = f"rank {rank} is out of GPU memory: go on with --resume and a lower --batch beside a higher --accumulate, " \
+                            "--checkpoint or --shard"
+        elif "DataLoader worker" in reason or "Pin memory thread" in reason:
             key = problem = f"a data worker of rank {rank} has died, most often for want of memory: {reason} Go on with --resume, " \
                             "perhaps with fewer --workers"
         elif isinstance(e, dist.DistError) or "gloo" in reason:
-            key, problem = "lost", f"another rank has gone, and this one cannot go on without it ({reason}); go on with --resume"
+            key, problem = "lost", f"the ranks have lost each other, most often because one of them has gone ({reason}); go on with --resume"
         else:
             raise
     if store.add(key, 1) == 1:

@@ -4,7 +4,8 @@
                               [--json FILE]
 
 Competitors take turns, round by round, and the table holds medians: a shared machine slows all of them alike. "ratio" is a competitor's
-time over ours. On a GPU every round works on other buffers, more than the L2 cache holds, and times are of CUDA events.
+time over ours. On a GPU every round works on other buffers, more than the L2 cache holds, and times are of CUDA events. A competitor that
+cannot run here (a package or an attention backend is missing) is named and left out. Compiled ones run in bf16 alone on a GPU.
 """
 import argparse
 import json
@@ -24,20 +25,38 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_
 
 import sae                                                                              # noqa: E402
 
+# "backward alone" runs a kept graph again and again, and compiled graphs give their buffers away otherwise.
+torch._functorch.config.donated_buffer = False
+torch._dynamo.config.fail_on_recompile_limit_hit = True       # not silently eager
 RESULTS = []
+
+
+def cases(shapes):
+    """Each shape in bf16 and fp32, with nothing compiled yet."""
+    for shape in shapes:
+        for dtype in (torch.bfloat16, torch.float32):
+            torch._dynamo.reset()
+            yield shape, dtype
 
 
 def compare(title, device, rounds, sets, competitors, note=None):
     """Times competitors {name: f(buffers)} on each of `sets` in turn and prints the medians in ms; the first one is ours."""
+    for name, f in list(competitors.items()):                 # warm up, compile
+        try:
+            for s in sets[:2]:
+                f(*s)
+        except RuntimeError as e:
+            if name == "ours":
+                raise
+            print(f"    {title}: {name} cannot run here: {str(e).splitlines()[0]:.120}")
+            competitors = {n: f for n, f in competitors.items() if n != name}
     times = {name: [] for name in competitors}
-    for name, f in competitors.items():                       # warm up, compile
-        for s in sets[:2]:
-            f(*s)
     for i in tqdm(range(rounds), title, leave=False, disable=None):
         for name, f in competitors.items():
             if device == "cuda":
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 torch.cuda.synchronize()
+                torch.cuda._sleep(20_000_000)                 # 10 ms of nothing, in which the launches queue up: kernels alone are timed
                 start.record()
                 for s in sets:
                     f(*s)
@@ -73,68 +92,81 @@ def forward_backward(f):
 
 def bench_attention(device, rounds, compiled):
     shapes = [(16, 16, 16, 20), (4, 32, 32, 20)] if device == "cuda" else [(8, 16, 16, 20)]
-    for B, h, w, H in shapes:
-        for dtype in (torch.bfloat16, torch.float32):
-            N, prefix = h * w + 5, 5
-            rope = sae.rope_tables(h, w, device=device)
-            table = torch.cat([rope[0][:, None].expand(h, w, 16, 2), rope[1][None].expand(h, w, 16, 2)], 2).flatten(0, 1).repeat(1, 2, 1)
-            cos, sin = (t.contiguous() for t in table.to(dtype).unbind(-1))               # [h w,64]
-            timm_table = torch.cat([sin, cos], -1)
+    for (B, h, w, H), dtype in cases(shapes):
+        N, prefix = h * w + 5, 5
+        rope = sae.rope_tables(h, w, device=device)
+        table = torch.cat([rope[0][:, None].expand(h, w, 16, 2), rope[1][None].expand(h, w, 16, 2)], 2).flatten(0, 1).repeat(1, 2, 1)
+        cos, sin = (t.contiguous() for t in table.to(dtype).unbind(-1))               # [h w,64]
+        timm_table = torch.cat([sin, cos], -1)
 
-            def split(qkv):
-                return qkv.permute(2, 0, 3, 1, 4).unbind(0)                               # 3 x [B,H,N,64]
+        def split(qkv):
+            return qkv.permute(2, 0, 3, 1, 4).unbind(0)                               # 3 x [B,H,N,64]
 
-            def merge(out):
-                return out.transpose(1, 2).reshape(B, N, H * 64)
+        def merge(out):
+            return out.transpose(1, 2).reshape(B, N, H * 64)
 
-            def transformers_sdpa(qkv):
-                q, k, v = split(qkv)
-                return merge(F.scaled_dot_product_attention(*apply_rotary_pos_emb(q, k, cos, sin), v))
+        def transformers_sdpa(qkv):
+            q, k, v = split(qkv)
+            return merge(F.scaled_dot_product_attention(*apply_rotary_pos_emb(q, k, cos, sin), v))
 
-            def transformers_eager(qkv):
-                q, k, v = split(qkv)
-                q, k = apply_rotary_pos_emb(q, k, cos, sin)
-                return merge(torch.matmul(torch.softmax(torch.matmul(q, k.transpose(2, 3)) / 8, -1), v))
+        def transformers_eager(qkv):
+            q, k, v = split(qkv)
+            q, k = apply_rotary_pos_emb(q, k, cos, sin)
+            return merge(torch.matmul(torch.softmax(torch.matmul(q, k.transpose(2, 3)) / 8, -1), v))
 
-            def timm_sdpa(qkv):
-                q, k, v = split(qkv)
-                q, k = (torch.cat([t[:, :, :prefix], apply_rot_embed_cat(t[:, :, prefix:], timm_table, half=True)], 2).type_as(v) for t in (q, k))
-                return merge(F.scaled_dot_product_attention(q, k, v))
+        def timm_sdpa(qkv):
+            q, k, v = split(qkv)
+            q, k = (torch.cat([t[:, :, :prefix], apply_rot_embed_cat(t[:, :, prefix:], timm_table, half=True)], 2).type_as(v) for t in (q, k))
+            return merge(F.scaled_dot_product_attention(q, k, v))
 
-            def sdpa_alone(qkv):
-                return merge(F.scaled_dot_product_attention(*split(qkv)))
+        def sdpa_alone(qkv):
+            return merge(F.scaled_dot_product_attention(*split(qkv)))
 
-            competitors = {"ours": lambda x: sae.attention(x, rope, prefix), "transformers, sdpa": transformers_sdpa,
-                           "transformers, eager": transformers_eager, "timm": timm_sdpa, "sdpa without RoPE": sdpa_alone}
-            if compiled:
-                competitors["transformers, sdpa, compiled"] = torch.compile(transformers_sdpa)
-            if device == "cuda" and dtype == torch.bfloat16:
-                for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-                    for name, f in (("sdpa without RoPE", sdpa_alone), ("transformers, sdpa, compiled", torch.compile(transformers_sdpa))):
-                        def with_backend(x, f=f, backend=backend):
-                            with sdpa_kernel(backend):
-                                return f(x)
-                        competitors[f"{name}, {backend.name}"] = with_backend
-            sets = [torch.randn(B, N, 3, H, 64, device=device, dtype=dtype) for _ in range(4 if device == "cuda" else 1)]
-            dout = torch.randn(B, N, H * 64, device=device, dtype=dtype)
-            title = f"attention {device} {str(dtype)[6:]} B{B} N{N} H{H}"
-            moved = 4 * dout.numel() * dout.element_size()
-            floor = (lambda median, moved=moved: f"memory floor at 4.3 TB/s: forward {moved / 4.3e9:.4f} ms") if device == "cuda" else None
-            compare(title + " forward", device, rounds, [(s,) for s in sets], {n: torch.no_grad()(f) for n, f in competitors.items()}, floor)
-            both = {n: forward_backward(lambda x, f=f: ([f(x)], [dout])) for n, f in competitors.items()}
-            compare(title + " forward and backward", device, rounds, [(s.clone().requires_grad_(),) for s in sets], both)
-            if device == "cuda":                              # backward alone, on a graph that is kept
-                kept = {n: [f(s.clone().requires_grad_()) for s in sets] for n, f in competitors.items()}
-                compare(title + " backward", device, rounds, [(i,) for i in range(len(sets))],
-                        {n: (lambda i, n=n: kept[n][i].backward(dout, retain_graph=True)) for n in competitors})
+        competitors = {"ours": lambda x: sae.attention(x, rope, prefix), "transformers, sdpa": transformers_sdpa,
+                       "transformers, eager": transformers_eager, "timm": timm_sdpa, "sdpa without RoPE": sdpa_alone}
+        if compiled and (device == "cpu" or dtype == torch.bfloat16):
+            competitors["transformers, sdpa, compiled"] = torch.compile(transformers_sdpa)
+            competitors["transformers, eager, compiled"] = torch.compile(transformers_eager)
+        if device == "cuda" and dtype == torch.bfloat16:
+            for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+                for name, f in (("sdpa without RoPE", sdpa_alone), ("transformers, sdpa", transformers_sdpa)):
+                    def with_backend(x, f=f, backend=backend):
+                        with sdpa_kernel(backend):
+                            return f(x)
+                    competitors[f"{name}, {backend.name}"] = with_backend
+                    if compiled and f is transformers_sdpa:           # the backend inside: it is chosen while compiling
+                        competitors[f"{name}, compiled, {backend.name}"] = torch.compile(with_backend)
+        sets = [torch.randn(B, N, 3, H, 64, device=device, dtype=dtype) for _ in range(4 if device == "cuda" else 1)]
+        dout = torch.randn(B, N, H * 64, device=device, dtype=dtype)
+        title = f"attention {device} {str(dtype)[6:]} B{B} N{N} H{H}"
+        moved = 4 * dout.numel() * dout.element_size()
+        floor = (lambda median, moved=moved: f"memory floor at 4.3 TB/s: forward {moved / 4.3e9:.4f} ms") if device == "cuda" else None
+        compare(title + " forward", device, rounds, [(s,) for s in sets], {n: torch.no_grad()(f) for n, f in competitors.items()}, floor)
+        both = {n: forward_backward(lambda x, f=f: ([f(x)], [dout])) for n, f in competitors.items()}
+        compare(title + " forward and backward", device, rounds, [(s.clone().requires_grad_(),) for s in sets], both)
+        if device == "cuda":                              # backward alone, on a graph that is kept
+            kept = {}
+
+            def backward(i, n, f):
+                if (n, i) not in kept:
+                    x = sets[i].clone().requires_grad_()
+                    kept[n, i] = f(x), x
+                torch.autograd.grad(*kept[n, i], dout, retain_graph=True)
+
+            compare(title + " backward", device, rounds, [(i,) for i in range(len(sets))],
+                    {n: (lambda i, n=n, f=f: backward(i, n, f)) for n, f in competitors.items()})
+            kept.clear()
 
 
 # ------------------------------------------------------------------ Gaussian
 
 def bench_gaussian(device, rounds, compiled):
-    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-    shape = (16, 1280, 16, 16)
-    for dtype in (torch.float32, torch.bfloat16):
+    try:
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+    except ImportError:
+        DiagonalGaussianDistribution = None
+        print("    diffusers is not installed: left out")
+    for shape, dtype in cases([(16, 1280, 16, 16)]):
         def eager(mu, logvar, noise):
             v = logvar.clamp(-30, 20)
             return mu + (0.5 * v).exp() * torch.randn_like(mu), 0.5 * (mu.square() + v.exp() - 1 - v).flatten(1).sum(1)
@@ -147,8 +179,10 @@ def bench_gaussian(device, rounds, compiled):
             d = DiagonalGaussianDistribution(torch.cat([mu, logvar], 1))
             return d.sample(), d.kl()
 
-        competitors = {"ours": lambda m, v, e: sae.reparameterize(m, v, 5), "eager": eager, "diffusers": diffusers, "noise given, eager": given}
-        if compiled:
+        competitors = {"ours": lambda m, v, e: sae.reparameterize(m, v, 5), "eager": eager, "noise given, eager": given}
+        if DiagonalGaussianDistribution:
+            competitors["diffusers"] = diffusers
+        if compiled and (device == "cpu" or dtype == torch.bfloat16):
             competitors |= {"compiled": torch.compile(eager), "noise given, compiled": torch.compile(given)}
         sets = [tuple(torch.randn(shape, device=device, dtype=dtype) for _ in range(3)) for _ in range(4 if device == "cuda" else 1)]
         competitors["copy of mu and logvar"] = lambda m, v, e: (m.clone(), v.clone())
@@ -174,10 +208,9 @@ def bench_gaussian(device, rounds, compiled):
 
 
 def bench_mse(device, rounds, compiled):
-    shape = (16, 256, 1280)
-    for dtype in (torch.float32, torch.bfloat16):
+    for shape, dtype in cases([(16, 256, 1280)]):
         competitors = {"ours": sae.feature_mse, "mse_loss in fp32": lambda s, t: F.mse_loss(s.float(), t.float())}
-        if compiled:
+        if compiled and (device == "cpu" or dtype == torch.bfloat16):
             competitors["mse_loss in fp32, compiled"] = torch.compile(competitors["mse_loss in fp32"])
         sets = [tuple(torch.randn(shape, device=device, dtype=dtype) for _ in range(2)) for _ in range(4 if device == "cuda" else 1)]
         title = f"feature MSE {device} {str(dtype)[6:]} {list(shape)}"
@@ -205,35 +238,34 @@ def bench_norm(device, rounds, compiled):
     shapes = [(16, 1280, 16, 16), (16, 512, 64, 64), (16, 256, 128, 128), (16, 128, 256, 256)]
     if device == "cpu":
         shapes = [(4, 1280, 8, 8), (4, 512, 32, 32), (4, 256, 64, 64), (4, 128, 128, 128)]
-    for shape in shapes:
-        for dtype in (torch.float32, torch.bfloat16):
-            def eager(x, weight, bias):
-                return F.silu(F.group_norm(x, 32, weight.to(x.dtype), bias.to(x.dtype), 1e-6))
+    for shape, dtype in cases(shapes):
+        def eager(x, weight, bias):
+            return F.silu(F.group_norm(x, 32, weight.to(x.dtype), bias.to(x.dtype), 1e-6))
 
-            def in_fp32(x, weight, bias):                     # as CUDA's autocast runs it
-                return F.silu(F.group_norm(x.float(), 32, weight, bias, 1e-6)).to(x.dtype)
+        def in_fp32(x, weight, bias):                     # as CUDA's autocast runs it
+            return F.silu(F.group_norm(x.float(), 32, weight, bias, 1e-6)).to(x.dtype)
 
-            competitors = {"ours": lambda x, w, b: sae.group_norm_silu(x, w, b, 32), "eager": eager}
-            if device == "cuda" and dtype == torch.bfloat16:
-                competitors["eager, norm and SiLU in fp32"] = in_fp32
-            if compiled:
-                competitors |= {f"{name}, compiled": torch.compile(f) for name, f in list(competitors.items())[1:]}
-            x, dy = (torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last) for _ in range(2))
-            parameters = [torch.randn(shape[1], device=device, requires_grad=True) for _ in range(2)]
-            sets = [(x.clone().requires_grad_(), *parameters) for _ in range(4 if device == "cuda" else 1)]
-            title = f"SiLU of group norm {device} {str(dtype)[6:]} {list(shape)}"
-            copy = {"copy": lambda x, w, b: x.detach().clone()}
+        competitors = {"ours": lambda x, w, b: sae.group_norm_silu(x, w, b, 32), "eager": eager}
+        if device == "cuda" and dtype == torch.bfloat16:
+            competitors["eager, norm and SiLU in fp32"] = in_fp32
+        if compiled and (device == "cpu" or dtype == torch.bfloat16):
+            competitors |= {f"{name}, compiled": torch.compile(f) for name, f in list(competitors.items())[1:]}
+        x, dy = (torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last) for _ in range(2))
+        parameters = [torch.randn(shape[1], device=device, requires_grad=True) for _ in range(2)]
+        sets = [(x.clone().requires_grad_(), *parameters) for _ in range(4 if device == "cuda" else 1)]
+        title = f"SiLU of group norm {device} {str(dtype)[6:]} {list(shape)}"
+        copy = {"copy": lambda x, w, b: x.detach().clone()}
 
-            def share(tensors):                               # a copy moves two: x and its copy
-                return lambda t: (f"ours moves at least {tensors} x {x.nbytes / 2**20:.1f} MiB, "
-                                  f"at {tensors / 2 * t['copy'] / t['ours']:.0%} of the copy's bandwidth")
+        def share(tensors):                               # a copy moves two: x and its copy
+            return lambda t: (f"ours moves at least {tensors} x {x.nbytes / 2**20:.1f} MiB, "
+                              f"at {tensors / 2 * t['copy'] / t['ours']:.0%} of the copy's bandwidth")
 
-            alone = {n: torch.no_grad()(f) for n, f in competitors.items()}
-            compare(title + " forward", device, rounds, sets, alone | copy, share(2))
-            both = {n: forward_backward(lambda *s, f=f: ([f(*s)], [dy])) for n, f in competitors.items()}
-            compare(title + " forward and backward", device, rounds, sets, both | copy, share(5))
-            kept = (f"{n} {kept_for_backward(f, *sets[0]) / 2**20:.1f} MiB" for n, f in competitors.items())
-            print("    kept for backward: " + ", ".join(kept))
+        alone = {n: torch.no_grad()(f) for n, f in competitors.items()}
+        compare(title + " forward", device, rounds, sets, alone | copy, share(2))
+        both = {n: forward_backward(lambda *s, f=f: ([f(*s)], [dy])) for n, f in competitors.items()}
+        compare(title + " forward and backward", device, rounds, sets, both | copy, share(5))
+        kept = (f"{n} {kept_for_backward(f, *sets[0]) / 2**20:.1f} MiB" for n, f in competitors.items())
+        print("    kept for backward: " + ", ".join(kept))
 
 
 # ------------------------------------------------------------------ encoder
@@ -247,12 +279,13 @@ def bench_encoder(device, rounds, compiled):
         for dtype in (torch.float32, torch.bfloat16):
             if device == "cuda" and dtype == torch.float32:
                 continue
-            ours = sae.DINOv3(sae.DINOv3Config(width=D, depth=depth, hidden=hidden, gated=gated)).to(device, dtype)
             config = DINOv3ViTConfig(hidden_size=D, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=hidden, num_register_tokens=4,
                                      use_gated_mlp=gated, hidden_act="silu" if gated else "gelu", pos_embed_rescale=None)
-            peers = {f"transformers, {a}": DINOv3ViTModel._from_config(config, attn_implementation=a).to(device, dtype).eval() for a in ("sdpa", "eager")}
             arch = {"S": "vit_small_patch16_dinov3", "B": "vit_base_patch16_dinov3", "H+": "vit_huge_plus_patch16_dinov3"}[name]
-            peers["timm"] = timm.create_model(arch, pretrained=False).to(device, dtype).eval()
+            with torch.device(device):                        # 840 M numbers are drawn there in no time
+                ours = sae.DINOv3(sae.DINOv3Config(width=D, depth=depth, hidden=hidden, gated=gated)).to(device, dtype)
+                peers = {f"transformers, {a}": DINOv3ViTModel._from_config(config, attn_implementation=a).to(dtype).eval() for a in ("sdpa", "eager")}
+                peers["timm"] = timm.create_model(arch, pretrained=False).to(dtype).eval()
             competitors = {"ours": lambda x: ours(x)[2]}
             competitors |= {n: (lambda x, m=m: m(x).last_hidden_state) if n[:2] == "tr" else m.forward_features for n, m in peers.items()}
             if device == "cpu" and dtype == torch.float32:    # fp32 products by oneDNN instead of MKL

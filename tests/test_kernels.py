@@ -83,9 +83,9 @@ def test_a_key_whose_score_is_minus_infinity_has_no_weight(module, type, dtype):
 @pytest.mark.skipif(sae.NO_CSRC is not None, reason=f"the C++ ops are not built: {sae.NO_CSRC}")
 @pytest.mark.parametrize("n, seed, offset", [(4096 + 8, 3, 0), (75, 2 ** 62 + 1, 2), (64, 9, 2 ** 36 + 4), (16, 1, 2 ** 34 - 8)])
 def test_noise_of_the_cuda_kernel_equals_noise_of_the_cpu_bit_for_bit(module, n, seed, offset):
-    zero, z, kl = torch.zeros(1, n), torch.empty(1, n), torch.empty(1)
+    emulate, zero, z, kl = load(module), torch.zeros(1, n), torch.empty(1, n), torch.empty(1)
     partial = torch.empty(emulate.partials(n), dtype=torch.float64)
-    load(module).reparameterize_forward(F32, 1, n, seed, offset, *(t.data_ptr() for t in (zero, zero, z, kl, partial)))
+    emulate.reparameterize_forward(F32, 1, n, seed, offset, *(t.data_ptr() for t in (zero, zero, z, kl, partial)))
     assert torch.equal(z, sae.reparameterize(zero, zero, seed, offset)[0])
 
 
