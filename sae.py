@@ -683,7 +683,8 @@ class Upsample(nn.Module):
         if x.shape[2] * x.shape[3] < 256:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         kernel = F.avg_pool2d(self.conv.weight.flip(2, 3), 2, 1, padding=1, divisor_override=1)  # [Cout,Cin,4,4], sums over 2x2
-        return F.conv_transpose2d(x, kernel.transpose(0, 1).contiguous(), self.conv.bias, stride=2, padding=1)
+        y = F.conv_transpose2d(x, kernel.transpose(0, 1).contiguous(), stride=2, padding=1)
+        return y + self.conv.bias.to(y.dtype)[:, None, None]    # apart: on a CPU its gradient took longer inside than that of the kernel
 
 
 def downsample(cfg):

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -211,6 +212,34 @@ def batches(images, steps, batch, rank, world, workers):
 
 # ------------------------------------------------------------------ losses
 
+class UnitDistance(torch.autograd.Function):
+    """Mean over h and w of sum_c head[c] (x / |x| - y / |y|)^2: features [B,C,h,w] of one layer, head [C] -> [B], in fp32.
+
+    The gradient goes to x alone. It is known up to a factor per sample as soon as the distance is, so no intermediate is kept for it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, y, head):
+        x, y = x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)                              # [B,h,w,C]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x_scale, y_scale = (1 / (torch.linalg.vector_norm(f, dim=3, keepdim=True, dtype=wide) + 1e-10) for f in (x, y))
+        u = x * x_scale
+        d = u - y * y_scale
+        e = d * head
+        distance = (d * e).mean((1, 2)).sum(1)
+        if ctx.needs_input_grad[0]:
+            # dx = 2 / (h w) (e - u (u . e)) / |x|
+            e.addcmul_(u, (u * e).sum(3, keepdim=True), value=-1).mul_(x_scale * (2 / (x.shape[1] * x.shape[2])))
+            ctx.save_for_backward(e.to(x.dtype))
+        return distance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        dx, = ctx.saved_tensors
+        return (dx * gradient.view(-1, 1, 1, 1).to(dx.dtype)).permute(0, 3, 1, 2), None, None
+
+
 class LPIPS(nn.Module):
     """LPIPS v0.1 (Zhang et al. 2018): x, y [B,3,H,W] in [-1,1] -> [B]. The gradient goes to x alone.
 
@@ -242,17 +271,7 @@ class LPIPS(nn.Module):
         with torch.no_grad():
             targets = self.net(self.scaling(y))
         features = self.net(self.scaling(x))
-        with torch.autocast(x.device.type, enabled=False):       # the distances are in fp32
-            return sum(self.distance(f, target, head.weight.flatten()) for f, target, head in zip(features, targets, self.heads))
-
-    @staticmethod
-    def distance(x, y, head):
-        """Mean over h and w of sum_c head[c] (x / |x| - y / |y|)^2: features [B,C,h,w] of one layer, head [C] -> [B], fp32.
-
-        Nothing but the difference is kept in fp32, and the sum over the channels is one matrix product.
-        """
-        x, y = (f * (1 / (torch.linalg.vector_norm(f, dim=1, keepdim=True, dtype=torch.float32) + 1e-10)) for f in (x, y))
-        return ((x - y).square().permute(0, 2, 3, 1) @ head).mean((1, 2))
+        return sum(UnitDistance.apply(f, target, head.weight.flatten()) for f, target, head in zip(features, targets, self.heads))
 
     def train(self, mode=True):
         return super().train(False)          # frozen stays in eval

@@ -311,7 +311,7 @@ def test_tensorboard_shows_the_metrics_of_a_resumed_run_once(world, tmp_path):
 
 # ------------------------------------------------------------------ losses
 
-def test_lpips_equals_the_lpips_package(tmp_path):
+def test_lpips_and_its_gradient_equal_those_of_the_lpips_package(tmp_path):
     lpips = pytest.importorskip("lpips")
     import torchvision
     for net, factory in ("vgg", torchvision.models.vgg16), ("alex", torchvision.models.alexnet), ("squeeze", torchvision.models.squeezenet1_1):
@@ -320,8 +320,18 @@ def test_lpips_equals_the_lpips_package(tmp_path):
         torch.save(trunk.state_dict(), tmp_path / "trunk.pth")
         oracle = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
         oracle.net.load_state_dict({n: trunk.state_dict()["features." + n.split(".", 1)[1]] for n in oracle.net.state_dict()})
-        x, y = torch.rand(2, 2, 3, 64, 64) * 2 - 1
-        assert torch.allclose(train.LPIPS(net, tmp_path / "trunk.pth")(x, y), oracle(x, y).flatten(), rtol=1e-5)
+        x, y = (torch.rand(2, 2, 3, 64, 64) * 2 - 1).requires_grad_()
+        ours, theirs = train.LPIPS(net, tmp_path / "trunk.pth")(x, y), oracle(x, y).flatten()
+        assert torch.allclose(ours, theirs, rtol=1e-5)
+        weights = torch.tensor([1.0, -3.0])                  # another factor for each sample
+        gradients = [torch.autograd.grad(loss, x, weights)[0] for loss in (ours, theirs)]
+        assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+
+
+def test_the_distance_of_unit_features_has_the_gradient_of_its_formula():
+    torch.manual_seed(0)
+    x, y, head = torch.randn(2, 5, 3, 4, dtype=torch.float64), torch.randn(2, 5, 3, 4, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: train.UnitDistance.apply(x, y, head), x.requires_grad_())
 
 
 @pytest.mark.parametrize("value", [-1.0, 0.0, 0.3])
