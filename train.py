@@ -440,6 +440,13 @@ def build(args):
     return sae, teacher, disc
 
 
+def round_weights(frozen):
+    """Keeps in bf16 what autocast would otherwise round to bf16 in every step; the results are the same bits."""
+    for module in frozen.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.to(torch.bfloat16)
+
+
 @contextmanager
 def writing(path):
     """An OSError of what is done inside becomes one sentence: a full disk or a missing permission is no fault of the program."""
@@ -535,7 +542,8 @@ def dry_run(sae, teacher, disc, args):
                           ("decoder", [sae.decoder]), ("discriminator", [disc]), ("teacher", [teacher])):
         print(f"{name:30}{count(*modules) / 1e6:10.1f} M parameters, {count(*modules, trained=True) / 1e6:.1f} M trained")
     # fp32: weights, and for each trained parameter a gradient, two Adam moments and (the autoencoder's) an EMA
-    states = 4 * (count(sae, disc, teacher) + 4 * count(sae, trained=True) + 3 * count(disc, trained=True))
+    states = 4 * (count(sae, disc) + 4 * count(sae, trained=True) + 3 * count(disc, trained=True))
+    states += sum(p.nbytes for p in teacher.parameters()) if teacher else 0
     kept = {}
 
     def pack(t):
@@ -715,6 +723,9 @@ def main(args, rank, world, store, note):
     if args.shard and world == 1:
         raise ValueError("--shard splits the weights over the ranks, and there is one: start more with torchrun, or drop it")
     lpips = LPIPS(args.lpips_net, args.lpips_weights) if args.lpips else None
+    if args.precision == "bf16" and not args.shard:             # FSDP wants one dtype
+        for frozen in filter(None, (teacher, lpips and lpips.net)):
+            round_weights(frozen)
     if rank == 0:
         print(f"stage {args.stage}, {len(folder)} images, {world} x {args.batch} x {args.accumulate} a step on {device.type}\n"
               + ", ".join(f"{k} {v}" for k, v in vars(args).items()))

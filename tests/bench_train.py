@@ -254,6 +254,8 @@ class Ours(Peer):
         args = train.options(train_command(setting, folder, folder / "none")[2:])
         model, self.teacher, self.disc = train.build(args)
         self.perceptual = train.LPIPS(args.lpips_net, args.lpips_weights)
+        train.round_weights(self.teacher)
+        train.round_weights(self.perceptual.net)
         for m in (model.decoder, self.disc, self.perceptual):
             m.to(memory_format=torch.channels_last)
         for m in (model, self.teacher, self.disc, self.perceptual):

@@ -109,6 +109,19 @@ def test_stage_2_moves_all_of_the_encoder_and_none_of_the_teacher(world, stage1,
     assert logged[0]["mse"] == 0 < logged[-1]["mse/var"] and {"kl", "l1", "gan", "disc", "psnr", "lr"} <= logged[-1].keys()
 
 
+def test_frozen_weights_kept_in_bf16_change_no_bit_under_autocast(world, tmp_path):
+    import torchvision
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "t.pth")
+    x, y = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    teacher, lpips = sae.DINOv3.from_pretrained(world / "encoder.safetensors"), train.LPIPS("squeeze", tmp_path / "t.pth")
+    with torch.autocast("cpu", torch.bfloat16):
+        before = teacher(x)[2], lpips(x, y)
+        train.round_weights(teacher)
+        train.round_weights(lpips.net)
+        after = teacher(x)[2], lpips(x, y)
+    assert teacher.blocks[0].qkv.weight.dtype == torch.bfloat16 and all(torch.equal(a, b) for a, b in zip(before, after))
+
+
 def test_more_reg_holds_the_features_closer_to_the_teacher(world, stage1, tmp_path):
     drift = []
     for reg in 0, 100, 1000:
