@@ -979,7 +979,11 @@ def launch(argv=None):
             key, problem = "lost", f"the ranks have lost each other, most often because one of them has gone ({reason}); go on with --resume"
         else:
             raise
-    if store.add(key, 1) == 1:
+    try:
+        first = store.add(key, 1) == 1
+    except RuntimeError:                                        # the store went with the rank that keeps it, and that one has spoken
+        first = False
+    if first:
         print(f"train.py: {problem}", file=sys.stderr, flush=True)
     sys.exit(1)
 

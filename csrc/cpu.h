@@ -1,4 +1,4 @@
-// The CPU kernels, compiled once per instruction set (cpu_avx512.cpp, cpu_avx2.cpp, cpu_generic.cpp) from cpu_kernels.h; ops.cpp
+// The CPU kernels, compiled once per instruction set (cpu_avx512bf16.cpp, cpu_avx512.cpp, ...) from cpu_kernels.h; ops.cpp
 // takes the best one that the processor has. Every kernel works on one task of many, so ops.cpp alone knows about threads.
 #pragma once
 #include <cstddef>
@@ -54,6 +54,6 @@ struct CpuKernels {
                               void* dx);
 };
 
-extern const CpuKernels kCpuAvx512, kCpuAvx2, kCpuGeneric;
+extern const CpuKernels kCpuAvx512Bf16, kCpuAvx512, kCpuAvx2, kCpuGeneric;
 
 }  // namespace sae

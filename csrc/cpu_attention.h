@@ -1,10 +1,11 @@
-// Attention of one head on the CPU, all in fp32: O = softmax(Q K^T) V with Q and K turned by RoPE. Included by cpu_kernels.h.
+// Attention of one head on the CPU: O = softmax(Q K^T) V with Q and K turned by RoPE. Included by cpu_kernels.h.
 //
 // A head's K and V stay in the L2 cache (N 261: 270 KB), queries come in tiles of kTile rows, and a tile keeps its whole rows of
 // scores (26 KB at N 261), so softmax needs one pass and no rescaling. Four products, one kernel: C[M,n] = A[M,k] B[k,n] with a
 // register tile of kRows x 2 vectors, A broadcast from memory (any strides, so its transpose costs nothing), B read by vectors.
 // That holds for all of
 //   S = Q K^T (K packed by columns)   O = P V   dV = P^T dO   dP = dO V^T (V packed by columns)   dQ = dS K   dK = dS^T Q.
+// Sums are in fp32 always, and so are the factors, except for bf16 tensors where the processor multiplies pairs of bf16 (`Pairs`).
 
 constexpr int64_t D = kHeadDim;
 constexpr int kRows = SAE_LANES == 16 ? 12 : 6;               // 24 of 32 registers (12 of 16) hold the tile
@@ -15,8 +16,40 @@ inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 // Keys are padded so that both S (whole vectors of keys) and dK, dV (whole groups of kRows keys) fit.
 inline int64_t padded(int64_t n) { return round_up(round_up(n, kRows), L); }
 
+// The factors of the products as they are, one to each 32 bits.
+struct Singles {
+  static constexpr int kDepth = 1;
+  static SAE_INLINE F add(F sum, F x, F y) { return fused(x, y, sum); }
+  static void along_rows(const float*, int64_t, float*) {}
+  static void across_rows(const float*, int64_t, int64_t, float*) {}
+};
+#ifdef SAE_BF16_PAIRS
+// Two neighbours along the sum to each 32 bits, rounded to bf16: half the steps. In place if dst is src.
+struct Pairs {
+  static constexpr int kDepth = 2;
+  static SAE_INLINE F add(F sum, F x, F y) { return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y); }
+  static void along_rows(const float* src, int64_t n, float* dst) {       // (0, 1), (2, 3), ... of n elements, a multiple of 2 L
+    for (int64_t i = 0; i < n; i += 2 * L)
+      *(__m512bh*)(dst + i / 2) = _mm512_cvtne2ps_pbh((__m512)*(const F*)(src + i + L), (__m512)*(const F*)(src + i));
+  }
+  // [rows, width] -> [rows / 2, width], rows 2 r and 2 r + 1 joined; width is a multiple of L
+  static void across_rows(const float* src, int64_t rows, int64_t width, float* dst) {
+    for (int64_t r = 0; r < rows; r += 2)
+      for (int64_t i = 0; i < width; i += L) {
+        const F low = *(const F*)(src + r * width + i), high = *(const F*)(src + (r + 1) * width + i);
+        const U l = __builtin_convertvector((U16)_mm512_cvtneps_pbh((__m512)low), U);
+        const U h = __builtin_convertvector((U16)_mm512_cvtneps_pbh((__m512)high), U);
+        *(F*)(dst + r / 2 * width + i) = bits<F>(l | h << 16);
+      }
+  }
+};
+#else
+typedef Singles Pairs;
+#endif
+inline int64_t steps(int64_t k, int64_t depth) { return (k + depth - 1) / depth; }         // of a sum over k
+
 // C[kRows, V vectors] (+)= A[kRows, k] B[k, V vectors]: a(i, j) = a[i * ai + j * aj], vector v of row j of B at b + v * bv + j * bj.
-template <int V, bool kAdd>
+template <class Terms, int V, bool kAdd>
 SAE_INLINE void tile_product(int64_t k, const float* a, int64_t ai, int64_t aj, const float* b, int64_t bv, int64_t bj, float* c,
                              int64_t ci) {
   F acc[kRows][V];
@@ -30,9 +63,9 @@ SAE_INLINE void tile_product(int64_t k, const float* a, int64_t ai, int64_t aj, 
     for (int v = 0; v < V; ++v) row[v] = *(const FUnaligned*)(b + v * bv);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const F x = F{} + a[i * ai];
+      const F x = broadcast(a + i * ai);
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) acc[i][v] = fused(x, row[v], acc[i][v]);
+      for (int v = 0; v < V; ++v) acc[i][v] = Terms::add(acc[i][v], x, row[v]);
     }
   }
 #pragma GCC unroll 16
@@ -40,16 +73,16 @@ SAE_INLINE void tile_product(int64_t k, const float* a, int64_t ai, int64_t aj, 
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) *(FUnaligned*)(c + i * ci + v * L) = acc[i][v];
 }
-// C[m,n] (+)= A[m,k] B[k,n]; m and n are rounded up to whole tiles, which every buffer here has room for.
-template <bool kAdd>
+// C[m,n] (+)= A[m,k] B[k,n], with strides and k in units of 32 bits; m and n are rounded up to whole tiles, which every buffer has room for.
+template <class Terms, bool kAdd>
 inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t ai, int64_t aj, const float* b, int64_t bv, int64_t bj,
                     float* c, int64_t ci) {
   for (int64_t v = 0; v < n; v += 2 * L)
     for (int64_t i = 0; i < m; i += kRows) {
       if (v + L < n)
-        tile_product<2, kAdd>(k, a + i * ai, ai, aj, b + v / L * bv, bv, bj, c + i * ci + v, ci);
+        tile_product<Terms, 2, kAdd>(k, a + i * ai, ai, aj, b + v / L * bv, bv, bj, c + i * ci + v, ci);
       else
-        tile_product<1, kAdd>(k, a + i * ai, ai, aj, b + v / L * bv, bv, bj, c + i * ci + v, ci);
+        tile_product<Terms, 1, kAdd>(k, a + i * ai, ai, aj, b + v / L * bv, bv, bj, c + i * ci + v, ci);
     }
 }
 
@@ -120,10 +153,10 @@ struct Scratch {                                              // hands out 64-by
 };
 inline size_t attention_scratch(AttentionShape s, bool backward) {
   const int64_t n = padded(s.N), heads = n * D + 16, tiles = kTile * (D + 16), scores = kTile * n + 16;
-  return backward ? 6 * heads + 4 * tiles + 2 * scores : 3 * heads + 2 * tiles + scores;
+  return backward ? 6 * heads + 6 * tiles + 3 * scores : 3 * heads + 2 * tiles + scores;
 }
 
-template <class T>
+template <class T, class Terms>
 inline void forward(const AttentionShape& shape, int64_t task, const typename T::Element* qkv, const float* angles,
                     typename T::Element* out, float* lse, float* scratch) {
   const int64_t N = shape.N, n = padded(N), prefix = shape.prefix;
@@ -133,10 +166,14 @@ inline void forward(const AttentionShape& shape, int64_t task, const typename T:
   load_rows<T>(qkv, qkv_rows(shape, task, 1), 0, N, n, angles, prefix, 1.f, k);
   load_rows<T>(qkv, qkv_rows(shape, task, 2), 0, N, n, nullptr, 0, 1.f, v);
   pack_columns(k, n, kt);
+  constexpr int64_t depth = Terms::kDepth, d = D / depth;                                     // steps of a sum over D
+  Terms::across_rows(kt, n / L * D, L, kt);
+  Terms::across_rows(v, n, D, v);
   for (int64_t first = 0; first < N; first += kTile) {
     const int64_t rows = N - first < kTile ? N - first : kTile;
     load_rows<T>(qkv, qkv_rows(shape, task, 0), first, rows, kTile, angles, prefix, 0.125f * kLog2e, q);
-    product<false>(rows, n, D, q, D, 1, kt, D * L, L, p, n);                                  // S, in units of log 2
+    Terms::along_rows(q, kTile * D, q);
+    product<Terms, false>(rows, n, d, q, d, 1, kt, d * L, L, p, n);                           // S, in units of log 2
     for (int64_t r = 0; r < rows; ++r) {
       float* row = p + r * n;
       for (int64_t i = N; i < n; ++i) row[i] = -INFINITY;
@@ -153,7 +190,8 @@ inline void forward(const AttentionShape& shape, int64_t task, const typename T:
       lse[task * N + first + r] = top + std::log2(total);
       q[r] = 1.f / total;                                     // Q's tile is done with
     }
-    product<false>(rows, D, N, p, n, 1, v, L, D, o, D);                                       // P V
+    Terms::along_rows(p, kTile * n, p);
+    product<Terms, false>(rows, D, steps(N, depth), p, n / depth, 1, v, L, D, o, D);          // P V
     for (int64_t r = 0; r < rows; ++r)
       for (int i = 0; i < D; i += L) *(F*)(o + r * D + i) *= q[r];
     store_rows<T>(o, rows, nullptr, 0, 1.f, out, out_rows(shape, task), first);
@@ -161,7 +199,7 @@ inline void forward(const AttentionShape& shape, int64_t task, const typename T:
 }
 
 // P = 2^(S - lse), dV = P^T dO, dP = dO V^T, dS = P (dP - delta), delta = rowsum(dO O), dQ = dS K / 8, dK = dS^T Q / 8.
-template <class T>
+template <class T, class Terms>
 inline void backward(const AttentionShape& shape, int64_t task, const typename T::Element* dout, const typename T::Element* qkv,
                      const float* angles, const typename T::Element* out, const float* lse, typename T::Element* dqkv,
                      float* scratch) {
@@ -171,32 +209,51 @@ inline void backward(const AttentionShape& shape, int64_t task, const typename T
   float *k = s.take(n * D), *kt = s.take(n * D), *v = s.take(n * D), *vt = s.take(n * D), *dk = s.take(n * D), *dv = s.take(n * D);
   float *q = s.take(kTile * D), *g = s.take(kTile * D), *o = s.take(kTile * D), *dq = s.take(kTile * D);
   float *p = s.take(kTile * n), *dp = s.take(kTile * n);
+  // What is summed over both of its sides: as pairs it has two forms.
+  constexpr bool two = Terms::kDepth == 2;
+  float *q2 = two ? s.take(kTile * D) : q, *g2 = two ? s.take(kTile * D) : g, *dp2 = two ? s.take(kTile * n) : dp;
+  constexpr int64_t depth = Terms::kDepth, d = D / depth;                                     // steps of a sum over D
   load_rows<T>(qkv, qkv_rows(shape, task, 1), 0, N, n, angles, prefix, 1.f, k);
   load_rows<T>(qkv, qkv_rows(shape, task, 2), 0, N, n, nullptr, 0, 1.f, v);
   pack_columns(k, n, kt);
   pack_columns(v, n, vt);
+  Terms::across_rows(kt, n / L * D, L, kt);
+  Terms::across_rows(vt, n / L * D, L, vt);
+  Terms::across_rows(k, n, D, k);
   for (int64_t i = 0; i < n * D; i += L) *(F*)(dk + i) = *(F*)(dv + i) = F{};
   for (int64_t first = 0; first < N; first += kTile) {
     const int64_t rows = N - first < kTile ? N - first : kTile;
     load_rows<T>(qkv, qkv_rows(shape, task, 0), first, rows, kTile, angles, prefix, 0.125f * kLog2e, q);
     load_rows<T>(dout, rows_o, first, rows, kTile, nullptr, 0, 1.f, g);
     load_rows<T>(out, rows_o, first, rows, kTile, nullptr, 0, 1.f, o);
-    product<false>(rows, n, D, q, D, 1, kt, D * L, L, p, n);
-    product<false>(rows, n, D, g, D, 1, vt, D * L, L, dp, n);
+    float delta[kTile];
     for (int64_t r = 0; r < rows; ++r) {
       F dot = {};
       for (int i = 0; i < D; i += L) dot = fused(*(F*)(g + r * D + i), *(F*)(o + r * D + i), dot);
-      const float delta = sum_lanes<float>(dot), shift = lse[task * N + first + r];
+      delta[r] = sum_lanes<float>(dot);
+    }
+    Terms::across_rows(q, kTile, D, q2);
+    Terms::across_rows(g, kTile, D, g2);
+    Terms::along_rows(q, kTile * D, q);
+    Terms::along_rows(g, kTile * D, g);
+    product<Terms, false>(rows, n, d, q, d, 1, kt, d * L, L, p, n);
+    product<Terms, false>(rows, n, d, g, d, 1, vt, d * L, L, dp, n);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float shift = lse[task * N + first + r];
       for (int64_t i = 0; i < n; i += L) {
         F* const pi = (F*)(p + r * n + i);
         F* const di = (F*)(dp + r * n + i);
         *pi = exp2_clamped(*pi - shift);
-        *di = *pi * (*di - delta);
+        *di = *pi * (*di - delta[r]);
       }
+      for (int64_t i = N; i < steps(N, depth) * depth; ++i) dp[r * n + i] = 0.f;              // the other half of the last pair
     }
-    product<true>(N, D, rows, p, 1, n, g, L, D, dv, D);
-    product<true>(N, D, rows, dp, 1, n, q, L, D, dk, D);
-    product<false>(rows, D, N, dp, n, 1, k, L, D, dq, D);
+    Terms::across_rows(p, kTile, n, p);                      // a row past the last one meets zeros of Q and dO
+    Terms::across_rows(dp, kTile, n, dp2);
+    Terms::along_rows(dp, kTile * n, dp);
+    product<Terms, true>(N, D, steps(rows, depth), p, 1, n, g2, L, D, dv, D);
+    product<Terms, true>(N, D, steps(rows, depth), dp2, 1, n, q2, L, D, dk, D);
+    product<Terms, false>(rows, D, steps(N, depth), dp, n / depth, 1, k, L, D, dq, D);
     store_rows<T>(dq, rows, angles, prefix, 0.125f, dqkv, qkv_rows(shape, task, 0), first);
   }
   store_rows<T>(dk, N, angles, prefix, kLn2, dqkv, qkv_rows(shape, task, 1), 0);             // Q came with log2(e) / 8 in it
@@ -205,16 +262,16 @@ inline void backward(const AttentionShape& shape, int64_t task, const typename T
 
 inline void attention_forward(AttentionShape shape, int64_t task, Type type, const void* qkv, const float* angles, void* out,
                               float* lse, float* scratch) {
-  if (type == Type::f32) return forward<F32>(shape, task, (In32)qkv, angles, (float*)out, lse, scratch);
-  if (type == Type::bf16) return forward<BF16>(shape, task, (In16)qkv, angles, (uint16_t*)out, lse, scratch);
-  forward<F16>(shape, task, (In16)qkv, angles, (uint16_t*)out, lse, scratch);
+  if (type == Type::f32) return forward<F32, Singles>(shape, task, (In32)qkv, angles, (float*)out, lse, scratch);
+  if (type == Type::bf16) return forward<BF16, Pairs>(shape, task, (In16)qkv, angles, (uint16_t*)out, lse, scratch);
+  forward<F16, Singles>(shape, task, (In16)qkv, angles, (uint16_t*)out, lse, scratch);
 }
 inline void attention_backward(AttentionShape shape, int64_t task, Type type, const void* dout, const void* qkv, const float* angles,
                                const void* out, const float* lse, void* dqkv, float* scratch) {
   if (type == Type::f32)
-    backward<F32>(shape, task, (In32)dout, (In32)qkv, angles, (In32)out, lse, (float*)dqkv, scratch);
+    backward<F32, Singles>(shape, task, (In32)dout, (In32)qkv, angles, (In32)out, lse, (float*)dqkv, scratch);
   else if (type == Type::bf16)
-    backward<BF16>(shape, task, (In16)dout, (In16)qkv, angles, (In16)out, lse, (uint16_t*)dqkv, scratch);
+    backward<BF16, Pairs>(shape, task, (In16)dout, (In16)qkv, angles, (In16)out, lse, (uint16_t*)dqkv, scratch);
   else
-    backward<F16>(shape, task, (In16)dout, (In16)qkv, angles, (In16)out, lse, (uint16_t*)dqkv, scratch);
+    backward<F16, Singles>(shape, task, (In16)dout, (In16)qkv, angles, (In16)out, lse, (uint16_t*)dqkv, scratch);
 }

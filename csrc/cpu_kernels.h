@@ -27,6 +27,7 @@ SAE_INLINE To bits(From v) {
 }
 template <class C, class T>
 SAE_INLINE T select(C c, T a, T b) { return c ? a : b; }
+SAE_INLINE F broadcast(const float* p) { return bits<F>(U{} + bits<uint32_t>(*p)); }      // whatever the bits are
 SAE_INLINE F to_float(I v) { return __builtin_convertvector(v, F); }
 
 #if SAE_LANES == 16
@@ -54,12 +55,16 @@ SAE_INLINE F reciprocal(F v) {                                // of a finite v: 
   return fused(r, fused(-v, r, F{} + 1.f), r);
 }
 SAE_INLINE F bf16_to_float(U16 v) { return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16); }
+#ifdef SAE_BF16_PAIRS
+SAE_INLINE U16 float_to_bf16(F v) { return (U16)_mm512_cvtneps_pbh((__m512)v); }            // as below; denormals become 0
+#else
 SAE_INLINE U16 float_to_bf16(F v) {                           // round to nearest even; NaN stays NaN
   const __m512i x = (__m512i)v, up = _mm512_add_epi32(x, _mm512_set1_epi32(0x7fff));
   const __m512i even = _mm512_mask_add_epi32(up, _mm512_test_epi32_mask(x, _mm512_set1_epi32(0x10000)), up, _mm512_set1_epi32(1));
   const __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
   return (U16)_mm512_cvtepi32_epi16(_mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), number, even, 16));
 }
+#endif
 SAE_INLINE F half_to_float(U16 v) { return (F)_mm512_cvtph_ps((__m256i)v); }
 SAE_INLINE U16 float_to_half(F v) { return (U16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 #elif SAE_LANES == 8

@@ -57,13 +57,14 @@ float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 const CpuKernels& cpu() {
   static const CpuKernels& best = [&]() -> const CpuKernels& {
 #if defined(__x86_64__)
-    const char* most = std::getenv("SAE_CPU");                // avx2 or generic: for tests on a better processor
-    const std::string limit = most ? most : "avx512";
+    const char* most = std::getenv("SAE_CPU");                // avx512, avx2 or generic: for tests on a better processor
+    const std::string limit = most ? most : "avx512bf16";
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx512 && limit == "avx512") return kCpuAvx512;
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && limit == "avx512bf16") return kCpuAvx512Bf16;
+    if (avx512 && limit != "avx2" && limit != "generic") return kCpuAvx512;
     if (avx2 && limit != "generic") return kCpuAvx2;
 #endif
     return kCpuGeneric;

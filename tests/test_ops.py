@@ -5,6 +5,7 @@ group_norm and silu, autograd in float64, SciPy's Kolmogorov-Smirnov test. Error
 times) the error of PyTorch's own computation in the same dtype.
 """
 import importlib.util
+import itertools
 import math
 import os
 import shutil
@@ -147,10 +148,13 @@ def test_an_empty_batch_gives_an_empty_output(device, dtype):
 @built                                                        # torch's own SDPA loses a NaN of Q on the CPU
 def test_nan_and_inf_spread_as_in_pytorch(device, value):
     rope = sae.rope_tables(3, 4, device=device)
-    for part in range(3):
-        qkv = packed(2, 13, 2, device=device)
+    for part, dtype in itertools.product(range(3), (torch.float32, torch.bfloat16)):
+        qkv = packed(2, 13, 2, dtype=dtype, device=device)
         qkv[1, 3, part, 1, 5] = value
-        assert torch.equal(sae.attention(qkv, rope, 1).isfinite(), transformers_attention(qkv, rope, 1).isfinite())
+        dout = torch.ones(2, 13, 128, dtype=dtype, device=device)
+        ours, theirs = (with_gradient(lambda x: f(x, rope, 1), qkv, dtype, dout) for f in (sae.attention, transformers_attention))
+        assert torch.equal(ours[0].isfinite(), theirs[0].isfinite())
+        assert ours[1][0].isfinite().all() and ours[1][1, :, :, 0].isfinite().all()            # no other image, no other head
     for which in range(2):
         pair = [torch.randn(3, 40, generator=torch.Generator().manual_seed(i)).to(device) for i in range(2)]
         pair[which][1, 7] = value
@@ -172,11 +176,22 @@ def test_a_key_whose_score_is_minus_infinity_has_no_weight(device, dtype):
 
 @built
 @device
-def test_the_largest_scores_do_not_overflow(device):
-    qkv = packed(1, 70, 1, device=device) * 30                # scores of some thousands
+@pytest.mark.parametrize("N", [70, 71])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_neither_the_largest_scores_nor_the_least_overflow(device, dtype, N):
     rope = sae.rope_tables(1, 2, device=device)
-    expected = transformers_attention(qkv.double(), rope, 68)
-    assert relative(sae.attention(qkv, rope, 68), expected) < 3 * relative(transformers_attention(qkv, rope, 68), expected) + 1e-7
+    large = packed(1, N, 1, device=device) * 30               # scores of some thousands
+    least = packed(1, N, 1, device=device)
+    least[:, :, 0], least[:, :, 1] = 30 + least[:, :, 0], -30 + least[:, :, 1]              # of minus some thousands, all of them
+    dout = torch.randn(1, N, 64, generator=torch.Generator().manual_seed(1)).to(device)
+    for qkv in (large.to(dtype), least.to(dtype)):
+        f = lambda x: transformers_attention(x, rope, N - 2)
+        exact, theirs = with_gradient(f, qkv, torch.float64, dout), with_gradient(f, qkv, dtype, dout)
+        ours = with_gradient(lambda x: sae.attention(x, rope, N - 2), qkv, dtype, dout)
+        q, k = qkv[0, :, 0, 0].double(), qkv[0, :, 1, 0].double()
+        lse = (q @ k.T / 8 / math.log(2)).logsumexp(1).abs().max().item()                  # backward has P from it: its rounding is P's error
+        for x, p, e, floor in zip(ours, theirs, exact, (0, lse)):
+            assert relative(x, e) <= 3 * relative(p, e) + 4 * half_ulp(dtype) + floor * half_ulp(torch.float32)
 
 
 # ------------------------------------------------------------------ Gaussian
@@ -575,7 +590,7 @@ def test_ops_run_on_the_current_stream_and_on_the_device_of_their_tensors():
 
 
 @built
-@pytest.mark.parametrize("kernels", ["avx2", "generic"])
+@pytest.mark.parametrize("kernels", ["avx512", "avx2", "generic"])
 def test_the_kernels_for_lesser_processors_agree_with_the_best_ones(kernels, tmp_path):
     code = '''
 torch.manual_seed(0)
@@ -601,7 +616,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     here = {"torch": torch, "sae": sae}
     exec(code, here)
     best, lesser = here["out"], torch.load(tmp_path / "lesser.pt")
-    assert lesser[0] == kernels
+    if lesser[0] != kernels:
+        pytest.skip(f"this processor has no {kernels}")
     for i, (x, y) in enumerate(zip(best[1:], lesser[1:])):
         assert torch.equal(x, y) if i % 12 == 11 else relative(x, y) < 16 * half_ulp(x.dtype)  # noise: the same bits
 

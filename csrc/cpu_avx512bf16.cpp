@@ -1,0 +1,21 @@
+// Compiled for AVX-512 with products of bf16 whatever the compiler's flags are; used only where the processor has it.
+#include "cpu.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <cmath>
+#include <cstring>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
+#endif
+#define SAE_ISA avx512bf16
+#define SAE_NAME "avx512bf16"
+#define SAE_LANES 16
+#define SAE_BF16_PAIRS
+#define SAE_KERNELS kCpuAvx512Bf16
+#include "cpu_kernels.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
