@@ -322,6 +322,18 @@ def test_tensorboard_shows_the_metrics_of_a_resumed_run_once(world, tmp_path):
         assert [e.value for e in board.Scalars(name)] == pytest.approx([value for _, value in points], rel=1e-6)
 
 
+def test_a_gpu_without_memory_is_one_sentence(monkeypatch, capsys):
+    def main(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 10.00 GiB")
+
+    monkeypatch.setattr(train, "main", main)
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as status:
+        train.launch(["--stage", "1"])
+    said = capsys.readouterr().err
+    assert status.value.code == 1 and said.startswith("train.py: rank 0 is out of GPU memory: ") and said.count("\n") == 1
+
+
 # ------------------------------------------------------------------ losses
 
 def test_lpips_and_its_gradient_equal_those_of_the_lpips_package(tmp_path):
