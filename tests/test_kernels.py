@@ -4,6 +4,7 @@ Oracles: transformers' DINOv3 attention, torch.distributions, torch's mse_loss, 
 the CPU.
 """
 import importlib.util
+import math
 import re
 import shutil
 import subprocess
@@ -78,6 +79,22 @@ def test_a_key_whose_score_is_minus_infinity_has_no_weight(module, type, dtype):
     out, lse = torch.empty(1, 5, 64, dtype=dtype), torch.empty(1, 1, 5)
     load(module).attention_forward(type, 1, 5, 1, 4, 1, 1, *(t.data_ptr() for t in (*rope, qkv, out, lse)))
     torch.testing.assert_close(out[:, :4], sae.attention_reference(qkv, rope, 4)[:, :4])
+
+
+@pytest.mark.parametrize("type, dtype", [(F32, torch.float32), (BF16, torch.bfloat16)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_and_inf_spread_as_in_pytorch(module, type, dtype, value):
+    emulate, rope = load(module), sae.rope_tables(3, 4)
+    for part in range(3):
+        torch.manual_seed(0)
+        qkv = torch.randn(1, 13, 3, 2, 64, dtype=dtype)
+        qkv[0, 3, part, 1, 5] = value
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = (sae.rotate(t, rope, 1) for t in (q, k))
+        expected = (torch.softmax(q @ k.mT / 8, -1) @ v).transpose(1, 2).flatten(2)
+        out, lse = torch.empty(1, 13, 128, dtype=dtype), torch.empty(1, 2, 13)
+        emulate.attention_forward(type, 1, 13, 2, 1, 3, 4, *(t.data_ptr() for t in (*rope, qkv, out, lse)))
+        assert torch.equal(out.isfinite(), expected.isfinite())
 
 
 @pytest.mark.skipif(sae.NO_CSRC is not None, reason=f"the C++ ops are not built: {sae.NO_CSRC}")
