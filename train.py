@@ -724,8 +724,9 @@ def main(args, rank, world, store, note):
         raise ValueError("--shard splits the weights over the ranks, and there is one: start more with torchrun, or drop it")
     lpips = LPIPS(args.lpips_net, args.lpips_weights) if args.lpips else None
     if args.precision == "bf16" and not args.shard:             # FSDP wants one dtype
-        for frozen in filter(None, (teacher, lpips and lpips.net)):
-            round_weights(frozen)
+        for frozen in (teacher, lpips and lpips.net):
+            if frozen:
+                round_weights(frozen)
     if rank == 0:
         print(f"stage {args.stage}, {len(folder)} images, {world} x {args.batch} x {args.accumulate} a step on {device.type}\n"
               + ", ".join(f"{k} {v}" for k, v in vars(args).items()))

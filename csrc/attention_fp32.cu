@@ -1,6 +1,8 @@
 // The same attention for fp32, plainly: for checks, and for who wants fp32. Four lanes own a row and hold 16 of its 64 values each,
 // 8 c .. 8 c + 7 and 32 + 8 c .. (c = lane % 4), so RoPE's pairs stay within a lane; the other side streams through shared memory by
 // kKeys rows, turned on the way, and every lane of a warp reads the same row of it at the same time.
+#include <cfloat>
+
 #include "attention.cuh"
 
 namespace sae {
@@ -55,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Attention a) {
   const int c = threadIdx.x % 4, row = p.tile * kRowsOfBlock + threadIdx.x / 4, safe = smaller(row, a.N - 1);  // past the end: the last again
   Part q = load_part(qkv_rows(qkv, a, p, 0)[safe], c), o{};
   turn_part(q, c, safe, a, false);
-  float m = -INFINITY, l = 0.f;
+  float m = -FLT_MAX, l = 0.f;                                           // a first score of -INFINITY less -INFINITY would be a NaN
   for (int base = 0; base < a.N; base += kKeys) {
     if (base) __syncthreads();
     load_tile(ks, qkv_rows(qkv, a, p, 1), base, a, true);
@@ -70,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Attention a) {
 #pragma unroll
         for (int i = 0; i < 16; ++i) o.v[i] *= shrink;
       }
-      const float weight = s == -INFINITY ? 0.f : exp2f(s - m);          // m is -INFINITY, too, until a score is more
+      const float weight = exp2f(s - m);
       l += weight;
       add(o, weight, load_part(vs + j * D, c));
     }

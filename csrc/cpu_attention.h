@@ -37,8 +37,7 @@ struct Pairs {
     for (int64_t r = 0; r < rows; r += 2)
       for (int64_t i = 0; i < width; i += L) {
         const F low = *(const F*)(src + r * width + i), high = *(const F*)(src + (r + 1) * width + i);
-        const U l = __builtin_convertvector((U16)_mm512_cvtneps_pbh((__m512)low), U);
-        const U h = __builtin_convertvector((U16)_mm512_cvtneps_pbh((__m512)high), U);
+        const U l = __builtin_convertvector(float_to_bf16(low), U), h = __builtin_convertvector(float_to_bf16(high), U);
         *(F*)(dst + r / 2 * width + i) = bits<F>(l | h << 16);
       }
   }
@@ -46,7 +45,7 @@ struct Pairs {
 #else
 typedef Singles Pairs;
 #endif
-inline int64_t steps(int64_t k, int64_t depth) { return (k + depth - 1) / depth; }         // of a sum over k
+inline int64_t steps(int64_t k, int64_t depth) { return round_up(k, depth) / depth; }      // of a sum over k
 
 // C[kRows, V vectors] (+)= A[kRows, k] B[k, V vectors]: a(i, j) = a[i * ai + j * aj], vector v of row j of B at b + v * bv + j * bj.
 template <class Terms, int V, bool kAdd>
@@ -246,7 +245,7 @@ inline void backward(const AttentionShape& shape, int64_t task, const typename T
         *pi = exp2_clamped(*pi - shift);
         *di = *pi * (*di - delta[r]);
       }
-      for (int64_t i = N; i < steps(N, depth) * depth; ++i) dp[r * n + i] = 0.f;              // the other half of the last pair
+      for (int64_t i = N; i < round_up(N, depth); ++i) dp[r * n + i] = 0.f;                   // the other half of the last pair
     }
     Terms::across_rows(p, kTile, n, p);                      // a row past the last one meets zeros of Q and dO
     Terms::across_rows(dp, kTile, n, dp2);

@@ -90,8 +90,7 @@ inline double sum_of_squares(const typename T::Element* a, const typename T::Ele
 }
 template <class T>
 inline void difference(float scale, const typename T::Element* a, const typename T::Element* b, int64_t n, typename T::Element* d) {
-  int64_t i = 0;
-  for (; i < n; i += L) store_some<T>(d + i, scale * (load_some<T>(a + i, n - i) - load_some<T>(b + i, n - i)), n - i);
+  for (int64_t i = 0; i < n; i += L) store_some<T>(d + i, scale * (load_some<T>(a + i, n - i) - load_some<T>(b + i, n - i)), n - i);
 }
 
 inline double reparameterize_forward(Type type, const void* mu, const void* logvar, uint64_t seed, uint64_t first, int64_t n, void* z) {

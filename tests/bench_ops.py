@@ -31,12 +31,12 @@ torch._dynamo.config.fail_on_recompile_limit_hit = True       # not silently eag
 RESULTS = []
 
 
-def cases(shapes):
-    """Each shape in bf16 and fp32, with nothing compiled yet."""
+def cases(shapes, device, compiled):
+    """(shape, dtype, compiled) of each shape in bf16 and fp32, with nothing compiled yet. On a GPU bf16 alone is: it takes minutes."""
     for shape in shapes:
         for dtype in (torch.bfloat16, torch.float32):
             torch._dynamo.reset()
-            yield shape, dtype
+            yield shape, dtype, compiled and (device == "cpu" or dtype == torch.bfloat16)
 
 
 def compare(title, device, rounds, sets, competitors, note=None):
@@ -92,7 +92,7 @@ def forward_backward(f):
 
 def bench_attention(device, rounds, compiled):
     shapes = [(16, 16, 16, 20), (4, 32, 32, 20)] if device == "cuda" else [(8, 16, 16, 20)]
-    for (B, h, w, H), dtype in cases(shapes):
+    for (B, h, w, H), dtype, compile_too in cases(shapes, device, compiled):
         N, prefix = h * w + 5, 5
         rope = sae.rope_tables(h, w, device=device)
         table = torch.cat([rope[0][:, None].expand(h, w, 16, 2), rope[1][None].expand(h, w, 16, 2)], 2).flatten(0, 1).repeat(1, 2, 1)
@@ -124,7 +124,7 @@ def bench_attention(device, rounds, compiled):
 
         competitors = {"ours": lambda x: sae.attention(x, rope, prefix), "transformers, sdpa": transformers_sdpa,
                        "transformers, eager": transformers_eager, "timm": timm_sdpa, "sdpa without RoPE": sdpa_alone}
-        if compiled and (device == "cpu" or dtype == torch.bfloat16):
+        if compile_too:
             competitors["transformers, sdpa, compiled"] = torch.compile(transformers_sdpa)
             competitors["transformers, eager, compiled"] = torch.compile(transformers_eager)
         if device == "cuda" and dtype == torch.bfloat16:
@@ -134,7 +134,7 @@ def bench_attention(device, rounds, compiled):
                         with sdpa_kernel(backend):
                             return f(x)
                     competitors[f"{name}, {backend.name}"] = with_backend
-                    if compiled and f is transformers_sdpa:           # the backend inside: it is chosen while compiling
+                    if compile_too and f is transformers_sdpa:           # the backend inside: it is chosen while compiling
                         competitors[f"{name}, compiled, {backend.name}"] = torch.compile(with_backend)
         sets = [torch.randn(B, N, 3, H, 64, device=device, dtype=dtype) for _ in range(4 if device == "cuda" else 1)]
         dout = torch.randn(B, N, H * 64, device=device, dtype=dtype)
@@ -166,7 +166,7 @@ def bench_gaussian(device, rounds, compiled):
     except ImportError:
         DiagonalGaussianDistribution = None
         print("    diffusers is not installed: left out")
-    for shape, dtype in cases([(16, 1280, 16, 16)]):
+    for shape, dtype, compile_too in cases([(16, 1280, 16, 16)], device, compiled):
         def eager(mu, logvar, noise):
             v = logvar.clamp(-30, 20)
             return mu + (0.5 * v).exp() * torch.randn_like(mu), 0.5 * (mu.square() + v.exp() - 1 - v).flatten(1).sum(1)
@@ -182,7 +182,7 @@ def bench_gaussian(device, rounds, compiled):
         competitors = {"ours": lambda m, v, e: sae.reparameterize(m, v, 5), "eager": eager, "noise given, eager": given}
         if DiagonalGaussianDistribution:
             competitors["diffusers"] = diffusers
-        if compiled and (device == "cpu" or dtype == torch.bfloat16):
+        if compile_too:
             competitors |= {"compiled": torch.compile(eager), "noise given, compiled": torch.compile(given)}
         sets = [tuple(torch.randn(shape, device=device, dtype=dtype) for _ in range(3)) for _ in range(4 if device == "cuda" else 1)]
         competitors["copy of mu and logvar"] = lambda m, v, e: (m.clone(), v.clone())
@@ -208,9 +208,9 @@ def bench_gaussian(device, rounds, compiled):
 
 
 def bench_mse(device, rounds, compiled):
-    for shape, dtype in cases([(16, 256, 1280)]):
+    for shape, dtype, compile_too in cases([(16, 256, 1280)], device, compiled):
         competitors = {"ours": sae.feature_mse, "mse_loss in fp32": lambda s, t: F.mse_loss(s.float(), t.float())}
-        if compiled and (device == "cpu" or dtype == torch.bfloat16):
+        if compile_too:
             competitors["mse_loss in fp32, compiled"] = torch.compile(competitors["mse_loss in fp32"])
         sets = [tuple(torch.randn(shape, device=device, dtype=dtype) for _ in range(2)) for _ in range(4 if device == "cuda" else 1)]
         title = f"feature MSE {device} {str(dtype)[6:]} {list(shape)}"
@@ -238,7 +238,7 @@ def bench_norm(device, rounds, compiled):
     shapes = [(16, 1280, 16, 16), (16, 512, 64, 64), (16, 256, 128, 128), (16, 128, 256, 256)]
     if device == "cpu":
         shapes = [(4, 1280, 8, 8), (4, 512, 32, 32), (4, 256, 64, 64), (4, 128, 128, 128)]
-    for shape, dtype in cases(shapes):
+    for shape, dtype, compile_too in cases(shapes, device, compiled):
         def eager(x, weight, bias):
             return F.silu(F.group_norm(x, 32, weight.to(x.dtype), bias.to(x.dtype), 1e-6))
 
@@ -248,7 +248,7 @@ def bench_norm(device, rounds, compiled):
         competitors = {"ours": lambda x, w, b: sae.group_norm_silu(x, w, b, 32), "eager": eager}
         if device == "cuda" and dtype == torch.bfloat16:
             competitors["eager, norm and SiLU in fp32"] = in_fp32
-        if compiled and (device == "cpu" or dtype == torch.bfloat16):
+        if compile_too:
             competitors |= {f"{name}, compiled": torch.compile(f) for name, f in list(competitors.items())[1:]}
         x, dy = (torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last) for _ in range(2))
         parameters = [torch.randn(shape[1], device=device, requires_grad=True) for _ in range(2)]

@@ -26,7 +26,8 @@ from transformers.models.dinov3_vit import modeling_dinov3_vit as oracle
 import sae
 
 ROOT = Path(sae.__file__).resolve().parent
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or hidden: tests/gpu.sh shows it"))]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or hidden: tests/gpu.sh shows it")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 built = pytest.mark.skipif(sae.NO_CSRC is not None, reason=f"csrc is not in use: {sae.NO_CSRC}")
 device = pytest.mark.parametrize("device", DEVICES)
@@ -285,7 +286,7 @@ def test_reparameterize_and_its_gradient_err_at_most_twice_and_three_times_as_mu
         assert (ours[3].view(-1)[:3] != 0).tolist() == [False, False, True]                  # no gradient from outside
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or hidden: tests/gpu.sh shows it")
+@needs_gpu
 @built
 def test_noise_is_the_same_on_cpu_and_gpu_bit_for_bit():
     for n, offset in ((40004, 3), (40004, 8), (40000, 8)):    # the last one takes the kernel's fast path
@@ -293,7 +294,7 @@ def test_noise_is_the_same_on_cpu_and_gpu_bit_for_bit():
         assert torch.equal(sae.reparameterize(zero, zero, 5, offset)[0], sae.reparameterize(zero.cuda(), zero.cuda(), 5, offset)[0].cpu())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or hidden: tests/gpu.sh shows it")
+@needs_gpu
 @built
 def test_tensors_of_more_than_2_31_elements_are_read_to_the_end():
     n = 2 ** 31 + 64
@@ -572,7 +573,7 @@ def test_results_are_the_same_bits_every_time_and_at_any_thread_count(device, dt
     assert all(torch.equal(x, y) for x, y in zip(first, second))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or hidden: tests/gpu.sh shows it")
+@needs_gpu
 @built
 def test_ops_run_on_the_current_stream_and_on_the_device_of_their_tensors():
     last = torch.device("cuda", torch.cuda.device_count() - 1)
