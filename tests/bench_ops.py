@@ -8,6 +8,7 @@ time over ours. On a GPU every round works on other buffers, more than the L2 ca
 cannot run here (a package or an attention backend is missing) is named and left out. Compiled ones run in bf16 alone on a GPU.
 """
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -300,7 +301,12 @@ def bench_encoder(device, rounds, compiled):
                 competitors |= {f"{n}, oneDNN": onednn(competitors[n]) for n in ("ours", "transformers, sdpa")}
             x = torch.randn(B, 3, 256, 256, device=device, dtype=dtype)
             title = f"encoder {name} {device} {str(dtype)[6:]} 256x256 B{B}"
-            compare(title + " forward", device, rounds, [(x,)], {n: torch.no_grad()(f) for n, f in competitors.items()})
+            alone = {n: torch.no_grad()(f) for n, f in competitors.items()}
+            compare(title + " forward", device, rounds, [(x,)], alone)
+            if "ours, oneDNN" in alone:
+                exact = copy.deepcopy(ours).requires_grad_(False).double()(x.double())[2]
+                for n in ("ours", "ours, oneDNN"):
+                    print(f"    {n}: relative error against float64 {(alone[n](x) - exact).norm() / exact.norm():.2e}")
 
             def both(f):
                 def run(x):
