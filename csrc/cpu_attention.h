@@ -185,7 +185,7 @@ inline void forward(const AttentionShape& shape, int64_t task, const typename T:
         *(F*)(row + i) = e;
         sum += e;
       }
-      const float total = sum_lanes<float>(sum);
+      const float total = sum_lanes(sum);
       lse[task * N + first + r] = top + std::log2(total);
       q[r] = 1.f / total;                                     // Q's tile is done with
     }
@@ -229,7 +229,7 @@ inline void backward(const AttentionShape& shape, int64_t task, const typename T
     for (int64_t r = 0; r < rows; ++r) {
       F dot = {};
       for (int i = 0; i < D; i += L) dot = fused(*(F*)(g + r * D + i), *(F*)(o + r * D + i), dot);
-      delta[r] = sum_lanes<float>(dot);
+      delta[r] = sum_lanes(dot);
     }
     Terms::across_rows(q, kTile, D, q2);
     Terms::across_rows(g, kTile, D, g2);

@@ -1,25 +1,37 @@
 // The Gaussian bottleneck and the squared error on the CPU, chunk by chunk. Included by cpu_kernels.h.
 
+// Lane 4 q + j works on block q + j L / 4: then the 4 x 4 transpositions leave the normals in stream order.
+struct BlockOfLane {
+  alignas(64) uint64_t even[L / 2] = {}, odd[L / 2] = {};
+  constexpr BlockOfLane() {
+    for (int i = 0; i < L; i += 2) even[i / 2] = i / 4 + i % 4 * (L / 4), odd[i / 2] = i / 4 + (i + 1) % 4 * (L / 4);
+  }
+};
+constexpr BlockOfLane kBlockOfLane;
+
 // eps[i] = element (first / 4 * 4 + i) of the stream, for i < n rounded up to 4 L.
-inline void fill_normals(uint64_t seed, uint64_t first, int64_t n, float* eps) {
+static __attribute__((noinline)) void fill_normals(uint64_t seed, uint64_t first, int64_t n, float* eps) {
   const PhiloxKey key = {uint32_t(seed), uint32_t(seed >> 32)};
-  // Lane 4 q + j works on block q + j L / 4: then the 4 x 4 transpositions leave the normals in stream order.
-  W even, odd;
-  for (int i = 0; i < L; i += 2) even[i / 2] = i / 4 + i % 4 * (L / 4), odd[i / 2] = i / 4 + (i + 1) % 4 * (L / 4);
-  for (uint64_t block = first / 4; n > 0; block += L, n -= 4 * L, eps += 4 * L) {
-    W a[4] = {block + even, (block + even) >> 32, W{}, W{}}, b[4] = {block + odd, (block + odd) >> 32, W{}, W{}};
-    philox(a, key);
-    philox(b, key);
+  const W even = *(const W*)kBlockOfLane.even, odd = *(const W*)kBlockOfLane.odd;
+  const int64_t blocks = (n + 4 * L - 1) / (4 * L);           // L of Philox's blocks each
+  F* out = (F*)eps;
+  // Two loops: the body of one would be longer than what a processor looks ahead, and both are long chains.
+  for (int64_t i = 0; i < blocks; ++i) {
+    const uint64_t block = first / 4 + i * L;
+    W c[2][4] = {{block + even, (block + even) >> 32, W{}, W{}}, {block + odd, (block + odd) >> 32, W{}, W{}}};
+    philox(c, key);
+    for (int j = 0; j < 4; ++j) out[4 * i + j] = bits<F>((c[0][j] & 0xFFFFFFFFu) | c[1][j] << 32);
+  }
+  for (int64_t i = 0; i < blocks; ++i) {
     U words[4];
-    for (int j = 0; j < 4; ++j) words[j] = bits<U>((a[j] & 0xFFFFFFFFu) | b[j] << 32);
+    for (int j = 0; j < 4; ++j) words[j] = bits<U>(out[4 * i + j]);
     F v[4];
     normals<F, I>(words, v);
     transpose4(v);
-    for (int j = 0; j < 4; ++j) *(F*)(eps + j * L) = v[j];
+    for (int j = 0; j < 4; ++j) out[4 * i + j] = v[j];
   }
 }
 
-constexpr int64_t kFold = 16 * L;                             // so many elements are summed in fp32 before they join a double
 constexpr int64_t kStrip = 256;                               // so much noise at a time, while the memory that it meets is fetched
 
 SAE_INLINE F clamp_logvar(F v) { return clamp(v, -30.f, 20.f); }
@@ -33,7 +45,7 @@ template <class T>
 inline double gaussian_forward(const typename T::Element* mu, const typename T::Element* logvar, uint64_t seed, uint64_t first,
                                int64_t n, typename T::Element* z) {
   alignas(64) float noise[kStrip + 8 * L];
-  double total = 0;
+  Doubles total = {};
   for (int64_t strip = 0; strip < n; strip += kStrip) {
     const int64_t end = n - strip < kStrip ? n : strip + kStrip;
     fetch(mu + strip, end - strip);
@@ -41,15 +53,18 @@ inline double gaussian_forward(const typename T::Element* mu, const typename T::
     fill_normals(seed, first + strip, end - strip + int64_t(first % 4), noise);
     const float* eps = noise + first % 4;
     F kl = {};
-    for (int64_t i = strip; i < end; i += L, eps += L) {
-      const F m = load_some<T>(mu + i, n - i), v = clamp_logvar(load_some<T>(logvar + i, n - i));
+    const auto part = [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+      const F m = load_some<T>(mu + i, left), v = clamp_logvar(load_some<T>(logvar + i, left));
       const F std = exp_clamped(0.5f * v);
       kl += fused(m, m, fused(std, std, F{} - 1.f) - v);      // the padding has mu = logvar = 0: exactly 0
-      store_some<T>(z + i, fused(std, *(const FUnaligned*)eps, m), n - i);
-    }
-    total += sum_lanes(kl);
+      store_some<T>(z + i, fused(std, *(const FUnaligned*)(eps + i - strip), m), left);
+    };
+    int64_t i = strip;
+    for (; i + L <= end; i += L) part(i, L);
+    if (i < end) part(i, end - i);
+    total += to_doubles(kl);
   }
-  return 0.5 * total;
+  return 0.5 * sum_lanes(total);
 }
 
 // d mu = dz + dkl mu,  d logvar = dz std eps / 2 + dkl (var - 1) / 2 where logvar is inside (-30, 20), else 0
@@ -65,28 +80,33 @@ inline void gaussian_backward(const typename T::Element* dz, float dkl, const ty
     fetch(dz + strip, end - strip);
     fill_normals(seed, first + strip, end - strip + int64_t(first % 4), noise);
     const float* eps = noise + first % 4;
-    for (int64_t i = strip; i < end; i += L, eps += L) {
-      const F m = load_some<T>(mu + i, n - i), g = load_some<T>(dz + i, n - i), raw = load_some<T>(logvar + i, n - i);
+    const auto part = [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+      const F m = load_some<T>(mu + i, left), g = load_some<T>(dz + i, left), raw = load_some<T>(logvar + i, left);
       const F std = exp_clamped(0.5f * clamp_logvar(raw));
-      const F dv = 0.5f * fused(g * std, *(const FUnaligned*)eps, dkl * fused(std, std, F{} - 1.f));
-      store_some<T>(dmu + i, fused(m, F{} + dkl, g), n - i);
-      store_some<T>(dlogvar + i, select((raw > -30.f) & (raw < 20.f), dv, F{}), n - i);
-    }
+      const F dv = 0.5f * fused(g * std, *(const FUnaligned*)(eps + i - strip), dkl * fused(std, std, F{} - 1.f));
+      store_some<T>(dmu + i, fused(m, F{} + dkl, g), left);
+      store_some<T>(dlogvar + i, select((raw > -30.f) & (raw < 20.f), dv, F{}), left);
+    };
+    int64_t i = strip;
+    for (; i + L <= end; i += L) part(i, L);
+    if (i < end) part(i, end - i);
   }
 }
+
+constexpr int64_t kFold = 16 * L;                             // so many elements are summed in fp32 before they join doubles
 
 template <class T>
 inline double sum_of_squares(const typename T::Element* a, const typename T::Element* b, int64_t n) {
   F sum = {};
-  double total = 0;
+  Doubles total = {};
   int64_t i = 0;
   for (; i + L <= n; i += L) {
     const F d = T::load(a + i) - T::load(b + i);
     sum = fused(d, d, sum);
-    if ((i + L) % kFold == 0) total += sum_lanes(sum), sum = F{};
+    if ((i + L) % kFold == 0) total += to_doubles(sum), sum = F{};
   }
   const F d = load_some<T>(a + i, n - i) - load_some<T>(b + i, n - i);
-  return total + sum_lanes(fused(d, d, sum));
+  return sum_lanes(total + to_doubles(fused(d, d, sum)));
 }
 template <class T>
 inline void difference(float scale, const typename T::Element* a, const typename T::Element* b, int64_t n, typename T::Element* d) {

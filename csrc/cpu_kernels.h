@@ -12,6 +12,7 @@ typedef uint32_t U __attribute__((vector_size(4 * L)));
 typedef int32_t I __attribute__((vector_size(4 * L)));
 typedef uint64_t W __attribute__((vector_size(4 * L)));       // half as many lanes
 typedef uint16_t U16 __attribute__((vector_size(2 * L)));
+typedef double Doubles __attribute__((vector_size(8 * L)));
 typedef float FUnaligned __attribute__((vector_size(4 * L), aligned(4), may_alias));
 typedef uint16_t U16Unaligned __attribute__((vector_size(2 * L), aligned(2), may_alias));
 
@@ -29,6 +30,7 @@ template <class C, class T>
 SAE_INLINE T select(C c, T a, T b) { return c ? a : b; }
 SAE_INLINE F broadcast(const float* p) { return bits<F>(U{} + bits<uint32_t>(*p)); }      // whatever the bits are
 SAE_INLINE F to_float(I v) { return __builtin_convertvector(v, F); }
+SAE_INLINE Doubles to_doubles(F v) { return __builtin_convertvector(v, Doubles); }
 
 #if SAE_LANES == 16
 SAE_INLINE F fused(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
@@ -181,10 +183,10 @@ SAE_INLINE void store_some(typename T::Element* p, F v, int64_t n) {
   T::store(t, v);
   for (int64_t i = 0; i < n; ++i) p[i] = t[i];
 }
-template <class Sum = double>
-SAE_INLINE Sum sum_lanes(F v) {
-  Sum s = 0;
-  for (int i = 0; i < L; ++i) s += v[i];
+template <class V>
+SAE_INLINE auto sum_lanes(V v) {
+  auto s = v[0];
+  for (int i = 1; i < L; ++i) s += v[i];
   return s;
 }
 

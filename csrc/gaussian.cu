@@ -44,9 +44,9 @@ constexpr int64_t kPass = kThreads * kEach;                              // elem
 static_assert(kChunk % kPass == 0, "");
 
 SAE_INLINE void normals_of(uint64_t block, PhiloxKey key, float (&eps)[4]) {
-  uint32_t words[4] = {static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), 0, 0};
+  uint32_t words[1][4] = {{static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), 0, 0}};
   philox(words, key);
-  normals<float, int32_t>(words, eps);
+  normals<float, int32_t>(words[0], eps);
 }
 
 template <bool kFast>

@@ -22,17 +22,25 @@ struct PhiloxKey {
   uint32_t lo, hi;
 };
 
-// The counter of a block -> its four words. mul_wide(m, x, high) returns the low 32 bits of m x and sets the high ones.
-template <class U>
-SAE_INLINE void philox(U (&c)[4], PhiloxKey key) {
+// The counters of n blocks -> their four words each. mul_wide(m, x, high) returns the low 32 bits of m x and sets the high ones.
+// A block is one long chain of products: several at a time, round by round, keep a processor busy.
+template <int n, class U>
+SAE_INLINE void philox(U (&c)[n][4], PhiloxKey key) {
   SAE_UNROLL
   for (int round = 0; round < 10; ++round) {
-    U h0, h1;
-    const U l0 = mul_wide(0xD2511F53u, c[0], h0), l1 = mul_wide(0xCD9E8D57u, c[2], h1);
-    c[0] = h1 ^ c[1] ^ key.lo;
-    c[1] = l1;
-    c[2] = h0 ^ c[3] ^ key.hi;
-    c[3] = l0;
+    U low[n][2], high[n][2];
+    SAE_UNROLL
+    for (int i = 0; i < n; ++i) {
+      low[i][0] = mul_wide(0xD2511F53u, c[i][0], high[i][0]);
+      low[i][1] = mul_wide(0xCD9E8D57u, c[i][2], high[i][1]);
+    }
+    SAE_UNROLL
+    for (int i = 0; i < n; ++i) {
+      c[i][0] = high[i][1] ^ c[i][1] ^ key.lo;
+      c[i][1] = low[i][1];
+      c[i][2] = high[i][0] ^ c[i][3] ^ key.hi;
+      c[i][3] = low[i][0];
+    }
     key.lo += 0x9E3779B9u;
     key.hi += 0xBB67AE85u;
   }
