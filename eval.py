@@ -187,8 +187,6 @@ def load_model(spec, args, device):
     if spec.startswith("diffusers:"):
         model, encode, decode = load_diffusers(spec)
     elif file.endswith(".py"):
-        if not Path(file).is_file():
-            raise ValueError(f"there is no file {file} to take {factory} from")
         sys.path.insert(0, str(Path(file).parent))                                       # so that it finds its own neighbours
         names = runpy.run_path(file)
         model = names[factory]() if factory in names else None
@@ -470,6 +468,9 @@ def feature_file(model, crops, embed, args, folder):
         part.unlink(missing_ok=True)
     if rank() == 0 and not path.exists() and not part.exists():
         np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=(len(files), model.width)).flush()
+        if hasattr(os, "posix_fallocate"):      # a disk too small is an error here, and a crash while the map is written
+            with open(part, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
     barrier()
     if not path.exists():
         rows = np.lib.format.open_memmap(part, mode="r+")
@@ -488,19 +489,25 @@ def feature_file(model, crops, embed, args, folder):
     return np.load(path, mmap_mode="c")        # copy on write: the file stays as it is
 
 
+def check_probe(train, test, args):
+    """ValueError unless `probe` can work with these ImageFolders."""
+    if differ := set(train.classes) ^ set(test.classes):
+        raise ValueError(f"the probe trains on the class folders of --train and scores those of --data, and {min(differ)} is in one of them "
+                         "alone: pass others, use --split parity, or --skip probe")
+    if len(train.classes) < 2:
+        raise ValueError(f"the probe needs two or more class folders, and there is {train.classes[0]} alone: --skip probe goes without")
+    if args.probe != "knn" and len(train) < HOLD:
+        raise ValueError(f"the linear probe needs {HOLD} training images or more, not {len(train)}: use --probe knn")
+
+
 def probe(model, train, test, args, folder):
     """{"probe": {kind: % of `test` right}, ...}: DINOv3's linear probe, or k-NN, on what is in front of the bottleneck.
 
     train, test: ImageFolders with the same classes. --probe full: 12 500 iterations of 1024 random crops; cached: the same
     heads on one centre crop an image; knn. The learning rate is chosen on a third of *train* (DINOv3 chooses it on test).
     """
-    if train.classes != test.classes or len(train.classes) < 2:
-        raise ValueError(f"the probe needs the same two or more class folders to train and to test on, not {len(train.classes)} "
-                         f"and {len(test.classes)}: pass --train DIR or --split parity, or --skip probe")
     crops, n, classes, device = Crops(args.size, train, test), len(train), len(train.classes), model.device
     tests, held = np.arange(n, n + len(test)), np.arange(HOLD - 1, n, HOLD)
-    if args.probe != "knn" and not len(held):
-        raise ValueError(f"the linear probe needs {HOLD} training images or more, not {n}: use --probe knn")
 
     @torch.no_grad()
     def embed(x):
@@ -690,7 +697,7 @@ def overfit(model, path, args, folder):
     for the dimension m = N n: t' = a t / (1 + (a - 1) t), a = sqrt(m / 4096). z has mean 0 and variance 1 over the image.
     An interrupted run goes on from its last record if weights, image and options are the same.
     """
-    device, folder = model.device, folder / slug(f"{model.name}-{path}")
+    device, folder = model.device, folder / f"{slug(f'{model.name}-{path}')}-{digest(model.name, str(path))[:6]}"
     folder.mkdir(parents=True, exist_ok=True)
     image = torch.from_numpy(np.array(center_crop(load_image(path), args.size)))[None]
     x = to_float(image.to(device))                                                       # [1,3,S,S]
@@ -804,18 +811,20 @@ def encode_folder(model, args):
     A shard holds z [n,C,h,w] fp16, labels [n] and, in its metadata, the files' names. One that is there and was made by the same
     weights, images and crop is not made again. Under torchrun each rank makes its own shards.
     """
-    folder, sums = ImageFolder(args.encode), torch.zeros(2, model.shape[0], dtype=torch.float64)
+    folder, sums = ImageFolder(args.encode, option="--encode"), torch.zeros(2, model.shape[0], dtype=torch.float64)
     crops, names = Crops(args.size, folder), [str(Path(f).relative_to(args.encode)) for f in folder.files]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    key = digest(model.digest, args.size, args.sample, names)
+    images = [(name, os.stat(f).st_size, os.stat(f).st_mtime_ns) for name, f in zip(names, folder.files)]
+    key = digest(model.digest or model.name, args.size, args.sample, args.shard, images)
     paths = [args.out.with_name(f"{args.out.stem}-{i:05}.safetensors") for i in range(math.ceil(len(names) / args.shard))]
     for i, path in list(enumerate(paths))[rank()::world()]:
         shard = range(len(names))[i * args.shard:(i + 1) * args.shard]
+        z = None
         if path.exists():
             z = load_safetensors(path).get("z")
             if metadata(path).get("key") != key:
-                raise ValueError(f"{path} holds latents of another model, crop or folder: delete it, or choose another --out")
-        else:
+                raise ValueError(f"{path} holds latents of another model, crop, --shard or images: delete it, or choose another --out")
+        if z is None or model.digest is None:   # weights that cannot be seen may have changed
             steps = [shard[j:j + args.batch] for j in range(0, len(shard), args.batch)]
             z = torch.cat([model.latent(to_float(x.to(model.device)), index[0].item())[0].half().cpu()
                            for index, x, _ in batches(crops, steps, args, path.stem)])
@@ -845,7 +854,13 @@ def decode_file(model, args):
         z = load_safetensors(path)["z"]
         names = json.loads(metadata(path).get("names", json.dumps([f"{path.stem}-{i:06}" for i in range(len(z))])))
         targets = [args.out / (name if name.endswith(".png") else name + ".png") for name in names]
+        if z.shape[1] != model.shape[0]:
+            raise ValueError(f"{path} holds latents of {z.shape[1]} channels, {model.name} takes {model.shape[0]}: name the one that made them")
+        if len(set(targets)) < len(targets) or any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+            raise ValueError(f"{path} names two latents alike, or a file outside of {args.out}: encode the images again under other names")
         todo = [i for i, target in enumerate(targets) if not target.exists()]
+        if len(todo) < len(targets):
+            print(f"{args.out}: {len(targets) - len(todo)} of the {len(targets)} images of {path.name} are there already and stay as they are")
         for i in tqdm(range(0, len(todo), args.batch), path.stem, unit="batch", disable=rank() != 0):
             part = todo[i:i + args.batch]
             for j, image in zip(part, to_uint8(model.decode(z[part].float().to(model.device)))):
@@ -900,6 +915,15 @@ def parse(argv):
         p.error("--encode, --decode and --out go with one model: drop the option, or name the models one by one")
     if (args.encode or args.decode) and not args.out:
         p.error("--encode needs --out FILE.safetensors, --decode needs --out DIR")
+    folder_wanted = bool(args.decode or args.overfit)
+    if args.out and (args.out.is_file() if folder_wanted else args.out.is_dir()):
+        raise ValueError(f"--out {args.out} is a {'file' if folder_wanted else 'folder'}: name a {'folder' if folder_wanted else 'file'}")
+    for spec in args.models:
+        file = spec.rpartition(":")[0] if ".py:" in spec else spec
+        if file.endswith(".py") and file == spec:
+            raise ValueError(f"{spec} needs the name of a function in it: {spec}:FACTORY")
+        if not spec.startswith("diffusers:") and not Path(file).is_file():
+            raise ValueError(f"there is no file {file}: name a checkpoint of train.py, diffusers:NAME_OR_FOLDER or FILE.py:FACTORY")
     return args
 
 
@@ -924,7 +948,8 @@ def score_all(args, device):
     """Score every model on the command line: a JSON and a grid for each, one table at the end."""
     test, train, lpips, inception, rows = ImageFolder(args.data, split="odd" if args.split else "all"), None, None, None, []
     if "probe" not in args.skip:
-        train = ImageFolder(args.data, split="even") if args.split else ImageFolder(args.train)
+        train = ImageFolder(args.data, split="even") if args.split else ImageFolder(args.train, option="--train, or --skip probe")
+        check_probe(train, test, args)
     if "lpips" not in args.skip:
         if not Path(args.lpips_weights).is_file():
             raise ValueError(f"there is no LPIPS trunk {args.lpips_weights}: ./weights.sh --only vgg16 fetches it, "
@@ -987,5 +1012,5 @@ def print_table(rows, columns):
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -60,7 +61,10 @@ if NO_CSRC and os.environ.get("LOCAL_RANK", "0") == "0":
 
 
 def in_csrc(x):
-    return NO_CSRC is None and x.device.type in ("cpu", "cuda") and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    # Not in forward-mode AD: the ops have no derivative for it, and PyTorch would take it for 0.
+    if NO_CSRC or forward_ad._current_level >= 0 or x.device.type not in ("cpu", "cuda"):
+        return False
+    return x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def wide(x):
@@ -435,14 +439,23 @@ def save_safetensors(tensors, path, metadata=None):
 
 @dataclass
 class DINOv3Config:
-    """The architecture of one DINOv3 ViT; the defaults are H/16+. `from_pretrained` reads all of it off the tensors."""
+    """The architecture of one DINOv3 ViT; the defaults are H/16+. `from_pretrained` reads it off the tensors, all but head_dim."""
     width: int = 1280
     depth: int = 32
-    head_dim: int = 64          # 128 for 7B
+    head_dim: int = 64          # 128 for 7B, which is known by its width
     hidden: int = 5120          # of the MLP
     gated: bool = True          # SwiGLU (S+, L+, H+, 7B) or GELU (S, B, L)
     qkv_bias: bool = True       # on Q and V; K never has one
     registers: int = 4
+
+
+def check_images(x, multiple):
+    """ValueError unless x is [B,3,H,W] of a floating dtype, with H and W multiples of `multiple`."""
+    if x.dim() != 4 or x.shape[1] != 3 or not x.is_floating_point():
+        raise ValueError(f"images are [B,3,H,W] in [-1,1] of a floating dtype, not {list(x.shape)} {x.dtype}: convert them, as README shows")
+    H, W = x.shape[2:]
+    if H % multiple or W % multiple or not H * W:
+        raise ValueError(f"images must have sides that are multiples of {multiple}, not {H}x{W}: crop or resize them")
 
 
 class MLP(nn.Module):
@@ -458,6 +471,13 @@ class MLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x) if self.gate else F.gelu(self.up(x)))
 
 
+class QKV(nn.Linear):
+    """The packed projection of Q, K and V; its bias comes with x, since K has none."""
+
+    def forward(self, x, bias):
+        return F.linear(x, self.weight, bias)
+
+
 class Block(nn.Module):
     """x + ls1 attn(norm1(x)), then x + ls2 mlp(norm2(x)); ls is LayerScale, a learned factor per channel."""
 
@@ -466,7 +486,7 @@ class Block(nn.Module):
         D = cfg.width
         self.head_dim, self.prefix = cfg.head_dim, 1 + cfg.registers
         self.norm1, self.norm2 = nn.LayerNorm(D, eps=1e-5), nn.LayerNorm(D, eps=1e-5)
-        self.qkv, self.proj, self.mlp = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D), MLP(cfg)
+        self.qkv, self.proj, self.mlp = QKV(D, 3 * D, bias=False), nn.Linear(D, D), MLP(cfg)
         self.q_bias = nn.Parameter(torch.zeros(D)) if cfg.qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(D)) if cfg.qkv_bias else None
         self.ls1, self.ls2 = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
@@ -474,8 +494,7 @@ class Block(nn.Module):
     def forward(self, x, rope):
         # A K bias would not be invisible as it is without RoPE, so its part of the packed bias is a true zero.
         bias = None if self.q_bias is None else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(self.norm1(x), self.qkv.weight, bias)                             # [B,N,3 D]
-        qkv = qkv.unflatten(-1, (3, -1, self.head_dim))                                  # [B,N,3,H,d]
+        qkv = self.qkv(self.norm1(x), bias).unflatten(-1, (3, -1, self.head_dim))        # [B,N,3,H,d]
         x = x + self.ls1 * self.proj(attention(qkv, rope, self.prefix))
         return x + self.ls2 * self.mlp(self.norm2(x))
 
@@ -500,8 +519,8 @@ class DINOv3(nn.Module):
         self.norm = nn.LayerNorm(D, eps=1e-5)
         # ImageNet mean and std, moved from [0,1] to [-1,1]. Named device: from_pretrained builds the rest on "meta".
         mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        self.register_buffer("mean", torch.tensor(mean, device="cpu").view(3, 1, 1) * 2 - 1, persistent=False)
-        self.register_buffer("std", torch.tensor(std, device="cpu").view(3, 1, 1) * 2, persistent=False)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32, device="cpu").view(3, 1, 1) * 2 - 1, persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32, device="cpu").view(3, 1, 1) * 2, persistent=False)
         for p in self.parameters():
             if p.dim() > 1:
                 nn.init.trunc_normal_(p, std=0.02)
@@ -510,9 +529,8 @@ class DINOv3(nn.Module):
                 nn.init.zeros_(m.bias)
 
     def forward(self, x):
+        check_images(x, self.patch)
         B, _, H, W = x.shape
-        if H % self.patch or W % self.patch or not H * W:
-            raise ValueError(f"the encoder takes images whose sides are multiples of {self.patch}, not {H}x{W}: crop or resize them")
         x = ((x - self.mean) / self.std).to(self.patch_embed.weight.dtype)
         patches = self.patch_embed(x).flatten(2).transpose(1, 2)                         # [B,h w,D]
         x = torch.cat([self.cls_token.expand(B, -1, -1), self.registers.expand(B, -1, -1), patches], 1)  # [B,N,D]
@@ -588,6 +606,11 @@ def read_dinov3(tensors, path, dtype):
     up = ours.get("blocks.0.mlp.up.weight")
     cfg = DINOv3Config(width, depth, 128 if width == 4096 else 64, 4 * width if up is None else len(up),
                        "blocks.0.mlp.gate.weight" in ours, "blocks.0.q_bias" in ours, ours["registers"].shape[1])
+    if width % cfg.head_dim:
+        raise ValueError(f"{path} holds no DINOv3 ViT: its width {width} is no multiple of {cfg.head_dim}, the width of a head")
+    for n, t in ours.items():
+        if not t.is_floating_point():
+            raise ValueError(f"{path} holds {n} as {t.dtype}: quantised weights are not read, fetch the original")
     return cfg, {n: t.to(dtype) for n, t in ours.items()}
 
 
@@ -660,7 +683,9 @@ class AttnBlock(nn.Module):
         self.qkv, self.proj = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, -1)         # 3 x [B,h w,C]
+        norm = self.norm
+        y = torch.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)       # the module refuses one value a channel
+        q, k, v = self.qkv(y).flatten(2).transpose(1, 2).chunk(3, -1)                    # 3 x [B,h w,C]
         y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]     # [B,h w,C]
         return x + self.proj(y.transpose(1, 2).reshape(x.shape))                         # [B,C,h,w]
 
@@ -742,10 +767,8 @@ class SAE(nn.Module):
         return Posterior(*self.to_latent(self.down(x)).chunk(2, 1))
 
     def encode(self, x):
-        H, W = x.shape[2:]
-        if H % self.config.f or W % self.config.f:
-            raise ValueError(f"this S-AE takes images whose sides are multiples of f = {self.config.f}, not {H}x{W}: crop or resize them")
-        return self.posterior(self.encoder(x)[2], H // DINOv3.patch, W // DINOv3.patch)
+        check_images(x, self.config.f)
+        return self.posterior(self.encoder(x)[2], x.shape[2] // DINOv3.patch, x.shape[3] // DINOv3.patch)
 
     def decode(self, z):
         return self.decoder(z)

@@ -15,6 +15,7 @@ import copy
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -55,21 +56,28 @@ class ImageFolder:
     """The image files under `root`: one folder a class, or all in one. Sorted; `files` [n], `labels` [n], `classes`.
 
     split "even" or "odd" keeps every other file of each class, by its position: a train/test split of a folder that has none.
+    Names that begin with a dot are left out. `option`: of the command line, that named the folder.
     """
 
-    def __init__(self, root, split="all"):
+    def __init__(self, root, split="all", option="--data"):
         root = Path(root)
         if not root.is_dir():
-            raise ValueError(f"there is no image folder {root}: name one with --data")
-        folders = sorted(d for d in root.iterdir() if d.is_dir()) or [root]
+            raise ValueError(f"there is no image folder {root}: name one with {option}")
+        seen = [p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not any(n[0] == "." for n in p.relative_to(root).parts)]
+        folders = sorted(d for d in root.iterdir() if d.is_dir() and d.name[0] != ".")
+        if folders and any(p.parent == root for p in seen):
+            raise ValueError(f"{root} holds images and the folder {folders[0].name}: it takes one folder a class, or images alone; "
+                             f"move the others away, or name another with {option}")
+        folders = folders or [root]
         self.classes, self.files, self.labels = [d.name for d in folders], [], []
         for label, folder in enumerate(folders):
-            found = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+            found = sorted(str(p) for p in seen if p.is_relative_to(folder))
             found = found[split == "odd"::1 if split == "all" else 2]
             self.files += found
             self.labels += [label] * len(found)
         if not self.files:
-            raise ValueError(f"{root} holds no images ({', '.join(SUFFIXES)}): name another folder with --data")
+            raise ValueError(f"{root} holds no images{'' if split == 'all' else f' at {split} positions'} ({', '.join(SUFFIXES)}): "
+                             f"name another folder with {option}")
 
     def __len__(self):
         return len(self.files)
@@ -383,12 +391,22 @@ def options(argv=None):
     args = p.parse_args(argv)
     if args.stage is None and not args.plot:
         p.error("name the --stage, 1 or 2")
-    for name in ("reg", "l1", "lpips", "gan", "kl", "lr", "min_lr", "warmup", "disc_start", "gan_start", "workers"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name):g} is negative: give 0 or more")
-    for name in ("batch", "accumulate", "steps", "log_every", "image_every", "save_every", "keep", "max_skips", "timeout"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive: give 1 or more")
+    least = dict.fromkeys(("reg", "l1", "lpips", "gan", "kl", "lr", "encoder_lr", "disc_lr", "min_lr", "ema", "warmup", "disc_start",
+                           "gan_start", "workers", "seed"), 0)
+    least |= dict.fromkeys(("z_dim", "widths", "blocks", "size", "batch", "accumulate", "steps", "log_every", "image_every", "save_every",
+                            "keep", "max_skips", "timeout"), 1)
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and not min(value if name == "widths" else [value]) >= low:  # NaN is not either
+            value = " ".join(map(str, value)) if name == "widths" else f"{value:g}"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give {low} or more")
+    if args.ema > 1 or args.seed >= 2 ** 63:
+        raise ValueError(f"--ema {args.ema:g} and --seed {args.seed}: give 1 or less and less than 2^63")
+    if args.gan and args.size < 32:
+        raise ValueError(f"--size {args.size} is too small for the discriminator: give 32 or more, or --gan 0")
+    from_the_start = args.gan and not max(args.disc_start, args.gan_start), args.stage == 2 and args.kl + args.reg
+    if not (args.l1 or args.lpips or any(from_the_start)):
+        raise ValueError("--l1 0 and --lpips 0 leave nothing to learn from in the first step: give one of them a weight")
     if args.adaptive and (args.shard or args.accumulate > 1):
         raise ValueError("--adaptive needs the whole gradient of the last layer in one pass: drop it, or --shard and --accumulate")
     args.out = args.out or ("runs/stage1" if args.stage == 1 else f"runs/stage2-reg{args.reg:g}")
@@ -421,8 +439,10 @@ def build(args):
     else:
         if not Path(args.init).is_file():
             raise ValueError(f"there is no stage-1 checkpoint {args.init}, and without stage 1 the encoder collapses: "
-                             "run train.py --stage 1 first, or name one with --init")
+                             "run train.py --stage 1 first, or name one with --init (--resume reads it, too)")
         start = load_checkpoint(args.init)
+        if start["args"]["stage"] != 1:
+            raise ValueError(f"{args.init} is of stage {start['args']['stage']}: stage 2 starts from stage 1, name its checkpoint with --init")
         config = SAEConfig.from_dict(start["config"])
         for name, value in asked.items():
             if getattr(config, name) != value:
@@ -483,7 +503,8 @@ def save(out, state, keep):
 
 def checkpoints(out):
     """What `save` has left in `out`, the newest first. A kill between its renames can leave no last.pt."""
-    return sorted(out.glob("last*.pt"), key=lambda path: int(path.stem[len("last-"):] or 0))
+    found = [path for path in out.glob("last*.pt") if re.fullmatch(r"last(-\d+)?", path.stem)]
+    return sorted(found, key=lambda path: int(path.stem[len("last-"):] or 0))
 
 
 def load_last(out, rank=0):
@@ -498,10 +519,12 @@ def load_last(out, rank=0):
                 if records.testzip() is None:
                     return state
             problem = f"{path} is damaged"
-        except ValueError as e:
+        except (ValueError, FileNotFoundError) as e:            # rank 0 may have renamed it already
             problem = str(e)
         if rank == 0:
             print(f"{problem}; trying the checkpoint before it", file=sys.stderr)
+            with writing(path):
+                os.replace(path, f"{path}.damaged")             # where it is, the next save would put it in the place of a whole one
     raise ValueError(f"none of the {len(found)} checkpoints in {out} is whole: start again in another folder")
 
 
@@ -687,12 +710,14 @@ def plot(runs):
         if not (run / "metrics.jsonl").is_file():
             raise ValueError(f"there is no {run}/metrics.jsonl: name output folders of train.py with --plot")
         tables[run] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+        if not tables[run]:
+            raise ValueError(f"{run}/metrics.jsonl has no line yet: wait for --log-every steps of that run")
     names = sorted({name for table in tables.values() for line in table for name in line} - {"step"})
     figure = Figure(figsize=(20, 4 * math.ceil(len(names) / 4)), layout="constrained")
     for axes, name in zip(figure.subplots(math.ceil(len(names) / 4), 4, squeeze=False).flat, names):
         for run, table in tables.items():
             points = [(line["step"], line[name]) for line in table if line.get(name) is not None]
-            axes.plot(*zip(*points) if points else ((), ()), label=run.name)
+            axes.plot(*zip(*points) if points else ((), ()), label=run.resolve().name)
         axes.set(title=name, xlabel="step", yscale="log" if name in ("l1", "lpips", "mse", "mse/var", "kl") else "linear")
         axes.legend()
     out = Path(runs[0]).parent / "curves.png"
@@ -755,6 +780,8 @@ def main(args, rank, world, store, note):
         sae.load_state_dict(saved["model"])
         disc.load_state_dict(saved["disc"])
         step, skips = saved["step"], saved.get("skips", 0)
+        if step > args.steps:
+            raise ValueError(f"the checkpoint in {out} is at step {step}, past --steps {args.steps}: give {step} or more")
         changed = [f"{k} {v} (was {saved['args'].get(k)})" for k, v in vars(args).items() if k != "resume" and v != saved["args"].get(k)]
         if rank == 0:
             print(f"resuming at step {step}" + (", with " + ", ".join(changed) if changed else ""))
@@ -792,8 +819,8 @@ def main(args, rank, world, store, note):
         params = [p for group in opt.param_groups for p in group["params"]]
         for i, moments in saved["opt"]["state"].items():
             moments.update({k: like(params[i], v) for k, v in moments.items()})
-        opt.load_state_dict(saved["opt"])
-        opt_disc.load_state_dict(saved["opt_disc"])
+        for o, theirs in (opt, saved["opt"]), (opt_disc, saved["opt_disc"]):
+            o.load_state_dict({**theirs, "param_groups": o.state_dict()["param_groups"]})  # the moments; rates are those asked for now
         saved = None                                            # its memory
 
     def state():

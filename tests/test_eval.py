@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 import torchvision
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -502,6 +502,40 @@ def test_latents_of_another_model_are_not_mixed_in(photos, checkpoint, tmp_path)
     E.main([checkpoint, "--encode", str(photos), "--out", out, *FAST])
     with pytest.raises(ValueError, match="latents-00000.safetensors holds latents of another model"):
         E.main([small_sae(tmp_path / "other.pt", seed=1), "--encode", str(photos), "--out", out, *FAST])
+    with pytest.raises(ValueError, match="--shard"):
+        E.main([checkpoint, "--encode", str(photos), "--out", out, "--shard", "16", *FAST])
+
+
+def test_latents_of_images_that_have_changed_are_not_mixed_in(photos, checkpoint, tmp_path):
+    shutil.copytree(photos, tmp_path / "images")
+    words = [checkpoint, "--encode", str(tmp_path / "images"), "--out", str(tmp_path / "latents.safetensors"), *FAST]
+    E.main(words)
+    shutil.copy(photos / "red/03.png", tmp_path / "images/red/04.png")
+    with pytest.raises(ValueError, match="or images: delete it"):
+        E.main(words)
+
+
+def test_latents_of_an_object_without_weights_are_made_again(photos, codecs, tmp_path, monkeypatch):
+    out, encoded = tmp_path / "latents.safetensors", []
+    monkeypatch.setattr(E.Autoencoder, "latent", lambda self, x, first=0, f=E.Autoencoder.latent: encoded.append(len(x) * x.any().item()) or f(self, x, first))
+    for _ in range(2):
+        E.main([f"{codecs}:Exact", "--encode", str(photos), "--out", str(out), *FAST])
+    assert sum(encoded) == 2 * 42
+
+
+def test_decoding_refuses_latents_that_are_not_the_models_and_names_that_are_not_its_own(photos, checkpoint, codecs, tmp_path, capsys):
+    out, back = tmp_path / "latents.safetensors", tmp_path / "back"
+    E.main([checkpoint, "--encode", str(photos), "--out", str(out), *FAST])
+    with pytest.raises(ValueError, match="of 16 channels, .*Exact takes 192"):
+        E.main([f"{codecs}:Exact", "--decode", str(out), "--out", str(back), *FAST])
+    for names in ["x.jpg", "x.jpg.png"], ["/tmp/x", "y"], ["../x", "y"]:
+        save_file({"z": torch.zeros(2, 16, 2, 2)}, tmp_path / "odd.safetensors", {"names": json.dumps(names)})
+        with pytest.raises(ValueError, match="two latents alike, or a file outside"):
+            E.main([checkpoint, "--decode", str(tmp_path / "odd.safetensors"), "--out", str(back), *FAST])
+    assert not back.exists()
+    for _ in range(2):
+        E.main([checkpoint, "--decode", str(out), "--out", str(back), *FAST])
+    assert "42 of the 42 images of latents-00000.safetensors are there already" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------ bad input
@@ -518,7 +552,7 @@ def refusal(*args):
 def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "eval.py", tmp_path / "gone.pt", "--data", tmp_path / "none"], capture_output=True, text=True)
     # before it may stand the one line that says that the extension has not been built
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("eval.py: there is no image folder")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"eval.py: there is no file {tmp_path}/gone.pt")
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 2
 
 
@@ -568,6 +602,13 @@ def test_data_folders_that_cannot_serve_are_named(photos, checkpoint, tmp_path):
     assert "data/imagenet/train" in refusal(checkpoint, "--data", photos, "--skip", "fid,lpips")
     flat = ["--data", photos / "red", "--train", photos / "red", "--skip", "fid,lpips", "--out", tmp_path / "a.json", "--size", "32", "--workers", "0"]
     assert "class folders" in refusal(checkpoint, *flat)
+    shutil.copytree(photos, tmp_path / "renamed")
+    (tmp_path / "renamed/red").rename(tmp_path / "renamed/crimson")
+    assert "crimson is in one of them" in refusal(checkpoint, "--data", photos, "--train", tmp_path / "renamed", "--skip", "fid,lpips", "--size", "32")
+    assert "is a folder: name a file" in refusal(checkpoint, "--data", photos, "--skip", "fid,lpips,probe", "--size", "32", "--out", tmp_path)
+    (tmp_path / "peer.py").touch()
+    assert "peer.py:FACTORY" in refusal(tmp_path / "peer.py")
+    assert "no file gone.pt" in refusal(checkpoint, "gone.pt")
 
 
 def test_missing_metric_weights_say_what_to_run(photos, checkpoint, tmp_path):

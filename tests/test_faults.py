@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(damage, world, 
     assert [f"{out}/{name}" in line and "damaged" in line for name, line in zip(("last.pt", "last-1.pt"), said, strict=True)] == [True, True]
     finish(world, out, ranks, keep=3)
     assert_same_run(whole, out)
+    assert (out / "last.pt.damaged").exists() and zipfile.ZipFile(out / "last-2.pt").testzip() is None     # not pushed out by a damaged one
     (out / "last-2.pt").write_bytes(b"")
     for path in train.checkpoints(out):
         path.write_bytes(b"")

@@ -528,6 +528,18 @@ def test_a_gradient_of_a_gradient_is_refused_in_one_sentence(device, op):
         gradient.square().sum().backward()
 
 
+def test_forward_mode_derivatives_are_those_of_the_reference():
+    mu, logvar, teacher, tangent = torch.randn(4, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    x, weight = mu.contiguous(), torch.ones(3)
+    for op, reference in [(lambda m: sae.reparameterize(m, logvar, 5)[0], lambda m: sae.reparameterize_reference(m, logvar, 5)[0]),
+                          (lambda m: sae.feature_mse(m, teacher), lambda m: sae.feature_mse_reference(m, teacher)),
+                          (lambda m: sae.group_norm_silu(m, weight, weight, 3), lambda m: sae.group_norm_silu_reference(m, weight, weight, 3))]:
+        _, derivative = torch.func.jvp(op, (x,), (tangent,))
+        step = 1e-3
+        difference = (reference(x + step * tangent) - reference(x - step * tangent)) / (2 * step)
+        assert derivative.norm() > 0.1 and (derivative - difference).norm() < 1e-2 * difference.norm()
+
+
 @built
 @device
 def test_compiled_ops_equal_eager_ones_in_one_graph_and_a_new_seed_compiles_nothing(device):

@@ -163,6 +163,8 @@ def test_half_precision_files_load_as_fp32(tmp_path):
     (lambda t: t.update({"norm.bias": torch.zeros(3)}), r"norm.bias is \[3\], not \[384\]"),
     (lambda t: t.update({"model.layer.0.attention.k_proj.bias": torch.ones(384)}), "left over blocks.0.k_bias"),
     (lambda t: t.pop("embeddings.cls_token"), "holds no DINOv3 ViT"),
+    (lambda t: t.update({"embeddings.cls_token": torch.zeros(1, 1, 96)}), "its width 96 is no multiple of 64"),
+    (lambda t: t.update({"norm.weight": torch.zeros(384, dtype=torch.int8)}), "holds norm.weight as torch.int8: quantised weights"),
     (lambda t: t.pop("model.layer.1.attention.q_proj.weight"), r"blocks.1.qkv.weight is \[768, 384\]"),
 ])
 def test_a_file_with_missing_or_left_over_tensors_is_refused_by_name(change, words, tmp_path):
@@ -184,6 +186,38 @@ def tiny():
 def test_sides_that_the_patches_do_not_divide_are_refused(side, tiny):
     with pytest.raises(ValueError, match="multiples of 16"):
         tiny.encoder(torch.zeros(1, 3, *side))
+
+
+@pytest.mark.parametrize("x", [torch.zeros(3, 32, 32), torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)],
+                         ids=["3 axes", "1 channel", "uint8"])
+def test_what_is_no_batch_of_images_is_refused(x, tiny):
+    for f in tiny.encoder, tiny.encode:
+        with pytest.raises(ValueError, match=r"images are \[B,3,H,W\] in \[-1,1\]"):
+            f(x)
+
+
+def test_every_linear_layer_of_the_encoder_is_called_so_that_hooks_see_it(tiny):
+    sae, seen = copy.deepcopy(tiny), []
+    layers = [m for m in sae.encoder.modules() if isinstance(m, torch.nn.Linear)]
+    for m in layers:
+        m.register_forward_hook(lambda m, args, out: seen.append(m))
+    sae.encoder(images(1, *SQUARE)[0])
+    assert sorted(map(id, seen)) == sorted(map(id, layers)) and len(layers) == 10
+
+
+def test_the_default_dtype_does_not_reach_into_the_normalisation_of_images(tiny):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert DINOv3(tiny.config.encoder).mean.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_one_latent_a_sample_goes_through_the_decoder_also_in_training(tiny):
+    one = torch.randn(1, 8, 1, 1)
+    with torch.no_grad():
+        assert torch.allclose(tiny.decode(one), copy.deepcopy(tiny).train().decode(torch.cat([one, one]))[:1], atol=1e-5)
+        assert tiny.decode(one).shape == (1, 3, 16, 16)
 
 
 def test_training_mode_moves_no_position(tiny):

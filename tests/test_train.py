@@ -1,5 +1,6 @@
 """The training loop: what the two stages move, what the ranks see, what a resume gives, what is refused."""
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -306,6 +307,10 @@ def test_plot_draws_every_column_of_every_run(world, stage1, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.launch(["--plot", str(tmp_path)])
     assert f"there is no {tmp_path}/metrics.jsonl" in capsys.readouterr().err
+    (runs[1] / "metrics.jsonl").write_text('{"step": 1, "l')
+    with pytest.raises(SystemExit):
+        train.launch(["--plot", *map(str, runs)])
+    assert f"{runs[1]}/metrics.jsonl has no line yet" in capsys.readouterr().err
 
 
 def test_tensorboard_shows_the_metrics_of_a_resumed_run_once(world, tmp_path):
@@ -457,6 +462,17 @@ def test_split_takes_every_other_file_of_each_class(world):
     assert [Path(f).stem for f in even.files] == [f"{i:03d}" for i in [*range(0, 24, 4), *range(1, 24, 4)]] and even.labels == [0] * 6 + [1] * 6
 
 
+def test_names_that_begin_with_a_dot_are_no_images_and_no_classes(tmp_path):
+    write_images(tmp_path / "flat", n=4)
+    images = sorted(str(p) for p in (tmp_path / "flat").rglob("*.png"))
+    (tmp_path / "all").mkdir()
+    for path in images:
+        shutil.copy(path, tmp_path / "all")
+    shutil.copytree(tmp_path / "flat", tmp_path / "all/.ipynb_checkpoints")
+    shutil.copy(images[0], tmp_path / "all/._copy.png")
+    assert [Path(f).name for f in train.ImageFolder(tmp_path / "all").files] == sorted(Path(p).name for p in images)
+
+
 def test_one_bad_file_in_a_hundred_is_named_and_skipped_and_more_stop_the_run(tmp_path, world, capsys):
     write_images(tmp_path / "images", n=200, size=32)
     for bad in "000", "001":
@@ -479,26 +495,41 @@ REFUSED = [
     ({"encoder": "{tmp}/other.safetensors"}, "other.safetensors holds no DINOv3"),
     ({"lpips": 1, "lpips_weights": "vgg.pth"}, "no file vgg.pth .*weights.sh"),
     ({"lpips": 1, "lpips_weights": "{tmp}/other.pth"}, "does not hold torchvision's vgg"),
-    ({"l1": -1}, "--l1 -1 is negative"),
-    ({"steps": 0}, "--steps 0 is not positive"),
+    ({"data": "{tmp}/mixed"}, "mixed holds images and the folder red"),
+    ({"l1": -1}, "--l1 -1: give 0 or more"),
+    ({"lr": math.nan}, "--lr nan: give 0 or more"),
+    ({"disc_lr": -1}, "--disc-lr -1: give 0 or more"),
+    ({"seed": -1}, "--seed -1: give 0 or more"),
+    ({"ema": 2}, "--ema 2 .* give 1 or less"),
+    ({"steps": 0}, "--steps 0: give 1 or more"),
+    ({"blocks": 0}, "--blocks 0: give 1 or more"),
+    ({"widths": "32 0"}, "--widths 32 0: give 1 or more"),
+    ({"l1": 0, "lpips": 0}, "leave nothing to learn from"),
+    ({"size": 16, "gan": 1}, "--size 16 is too small for the discriminator"),
     ({"size": 40}, "--size 40 is not a multiple of f = 16"),
     ({"size": 128}, "too small for crops of 128"),
     ({"out": "/proc/none"}, "/proc/none cannot be written"),
     ({"resume": True}, "no checkpoint .*last.pt"),
     ({"stage": 2, "init": "none.pt"}, "no stage-1 checkpoint none.pt.*--stage 1 first"),
+    ({"stage": 2, "init": "{tmp}/second.pt"}, "second.pt is of stage 2: stage 2 starts from stage 1"),
     ({"stage": 2, "encoder": "{tmp}/seed1.safetensors"}, "trained on another encoder than .*seed1"),
     ({"stage": 2, "encoder": "{tmp}/wide.safetensors"}, "trained on another encoder than .*wide"),
     ({"stage": 2, "f": 32}, "has f 16, not 32"),
     ({"stage": 2, "z_dim": 16}, "has z_dim 8, not 16"),
     ({"shard": True}, "--shard splits the weights over the ranks, and there is one"),
     ({"adaptive": True, "accumulate": 2}, "--adaptive needs the whole gradient"),
-    ({"accumulate": 0}, "--accumulate 0 is not positive"),
+    ({"accumulate": 0}, "--accumulate 0: give 1 or more"),
 ]
 
 
 @pytest.mark.parametrize("change, words", REFUSED, ids=[w for _, w in REFUSED])
 def test_bad_input_is_refused_in_one_sentence_before_anything_is_written(change, words, world, stage1, tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "mixed/red").mkdir(parents=True)
+    (tmp_path / "mixed/a.png").touch()
+    second = torch.load(world / "stage1/last.pt")
+    second["args"]["stage"] = 2
+    torch.save(second, tmp_path / "second.pt")
     sae.save_safetensors({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     write_encoder(tmp_path / "seed1.safetensors", seed=1)
@@ -527,7 +558,11 @@ def test_a_resume_with_another_config_says_what_differs(world, stage1, tmp_path,
             run(world, tmp_path / "r", resume=True, **change)
     with pytest.raises(ValueError, match=r"stage 2 \(there 1\)"):
         run(world, tmp_path / "r", stage=2, resume=True)
+    with pytest.raises(ValueError, match="is at step 4, past --steps 3: give 4 or more"):
+        run(world, tmp_path / "r", resume=True, steps=3)
+    (tmp_path / "r/last-best.pt").touch()                       # somebody's own
     run(world, tmp_path / "r", resume=True, steps=5, lr=1e-4)
+    assert 0 < metrics(tmp_path / "r")[-1]["lr"] <= 1e-4
     assert "resuming at step 4, with steps 5 (was 4), lr 0.0001 (was 0.001)" in capsys.readouterr().out.replace(f"out {tmp_path}/r (was {world}/stage1), ", "")
 
 
