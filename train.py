@@ -63,15 +63,19 @@ class ImageFolder:
         root = Path(root)
         if not root.is_dir():
             raise ValueError(f"there is no image folder {root}: name one with {option}")
-        seen = [p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not any(n[0] == "." for n in p.relative_to(root).parts)]
+
+        def images(folder, pattern):
+            found = (p for p in folder.glob(pattern) if p.suffix.lower() in SUFFIXES)
+            return sorted(str(p) for p in found if not any(name[0] == "." for name in p.relative_to(folder).parts))
+
         folders = sorted(d for d in root.iterdir() if d.is_dir() and d.name[0] != ".")
-        if folders and any(p.parent == root for p in seen):
+        if folders and images(root, "*"):
             raise ValueError(f"{root} holds images and the folder {folders[0].name}: it takes one folder a class, or images alone; "
                              f"move the others away, or name another with {option}")
         folders = folders or [root]
         self.classes, self.files, self.labels = [d.name for d in folders], [], []
         for label, folder in enumerate(folders):
-            found = sorted(str(p) for p in seen if p.is_relative_to(folder))
+            found = images(folder, "**/*")
             found = found[split == "odd"::1 if split == "all" else 2]
             self.files += found
             self.labels += [label] * len(found)

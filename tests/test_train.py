@@ -473,6 +473,14 @@ def test_names_that_begin_with_a_dot_are_no_images_and_no_classes(tmp_path):
     assert [Path(f).name for f in train.ImageFolder(tmp_path / "all").files] == sorted(Path(p).name for p in images)
 
 
+def test_a_class_folder_can_be_a_link(tmp_path):
+    write_images(tmp_path / "real", n=4)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/b").symlink_to(tmp_path / "real/b")
+    (tmp_path / "linked/a").symlink_to(tmp_path / "real/a")
+    assert train.ImageFolder(tmp_path / "linked").labels == [0, 0, 1, 1]
+
+
 def test_one_bad_file_in_a_hundred_is_named_and_skipped_and_more_stop_the_run(tmp_path, world, capsys):
     write_images(tmp_path / "images", n=200, size=32)
     for bad in "000", "001":
