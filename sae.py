@@ -452,7 +452,7 @@ class DINOv3Config:
 def check_images(x, multiple):
     """ValueError unless x is [B,3,H,W] of a floating dtype, with H and W multiples of `multiple`."""
     if x.dim() != 4 or x.shape[1] != 3 or not x.is_floating_point():
-        raise ValueError(f"images are [B,3,H,W] in [-1,1] of a floating dtype, not {list(x.shape)} {x.dtype}: convert them, as README shows")
+        raise ValueError(f"images are [B,3,H,W] in [-1,1] of a floating dtype, not {list(x.shape)} {x.dtype}: 8 bits become x / 127.5 - 1")
     H, W = x.shape[2:]
     if H % multiple or W % multiple or not H * W:
         raise ValueError(f"images must have sides that are multiples of {multiple}, not {H}x{W}: crop or resize them")
