@@ -466,11 +466,14 @@ def feature_file(model, crops, embed, args, folder):
     if rank() == 0 and model.digest is None:    # weights that cannot be seen may have changed
         path.unlink(missing_ok=True)
         part.unlink(missing_ok=True)
-    if rank() == 0 and not path.exists() and not part.exists():
-        np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=(len(files), model.width)).flush()
+
+    def zeros(new):
+        np.lib.format.open_memmap(new, mode="w+", dtype=np.float16, shape=(len(files), model.width)).flush()
         if hasattr(os, "posix_fallocate"):      # a disk too small is an error here, and a crash while the map is written
-            with open(part, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+            with open(new, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
+    if rank() == 0 and not path.exists() and not part.exists():
+        write(part, zeros)
     barrier()
     if not path.exists():
         rows = np.lib.format.open_memmap(part, mode="r+")
@@ -1012,5 +1015,7 @@ def print_table(rows, columns):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(f"eval.py: {error}")
+    except OSError as error:                    # a full disk's error names no file
+        sys.exit(f"eval.py: {error.filename or 'writing the results'}: {error.strerror or error}")

@@ -1,4 +1,5 @@
 """eval.py through its command line, on small pictures and small models."""
+import errno
 import io
 import json
 import os
@@ -557,6 +558,18 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path):
 
 
 SCORES = ["--skip", "fid,lpips,probe", "--size", "32", "--workers", "0", "--out", "/dev/null"]
+
+
+def test_a_disk_too_small_for_the_features_is_an_error_before_they_are_written(photos, checkpoint, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    words = [checkpoint, "--data", str(photos), "--split", "parity", "--skip", "fid,lpips", "--probe", "knn", "--out", str(tmp_path / "a.json"), *FAST]
+    with monkeypatch.context() as m, pytest.raises(OSError, match="No space left"):
+        m.setattr(os, "posix_fallocate", full)
+        E.main(words)
+    assert not list(tmp_path.glob("features-*.npy")) and json.loads((tmp_path / "a.json").read_text())["unfinished"] == "probe"
+    E.main(words)
+    assert json.loads((tmp_path / "a.json").read_text())["probe"].keys() == {"cls+patch", "patch", "mu"}
 
 
 def test_latents_that_are_not_there_are_refused(checkpoint, tmp_path):
