@@ -512,7 +512,7 @@ def checkpoints(out):
 
 
 def load_last(out, rank=0):
-    """The newest checkpoint in `out` that is whole, by the checksums in it; says which ones are not."""
+    """The newest checkpoint in `out` that is whole, by the checksums in it; says which ones are not, and renames them."""
     found = checkpoints(out)
     if not found:
         raise ValueError(f"there is no checkpoint {out}/last.pt to go on from: start without --resume")
