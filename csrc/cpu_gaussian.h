@@ -53,15 +53,12 @@ inline double gaussian_forward(const typename T::Element* mu, const typename T::
     fill_normals(seed, first + strip, end - strip + int64_t(first % 4), noise);
     const float* eps = noise + first % 4;
     F kl = {};
-    const auto part = [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+    for_lanes(strip, end, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
       const F m = load_some<T>(mu + i, left), v = clamp_logvar(load_some<T>(logvar + i, left));
       const F std = exp_clamped(0.5f * v);
       kl += fused(m, m, fused(std, std, F{} - 1.f) - v);      // the padding has mu = logvar = 0: exactly 0
       store_some<T>(z + i, fused(std, *(const FUnaligned*)(eps + i - strip), m), left);
-    };
-    int64_t i = strip;
-    for (; i + L <= end; i += L) part(i, L);
-    if (i < end) part(i, end - i);
+    });
     total += to_doubles(kl);
   }
   return 0.5 * sum_lanes(total);
@@ -80,16 +77,13 @@ inline void gaussian_backward(const typename T::Element* dz, float dkl, const ty
     fetch(dz + strip, end - strip);
     fill_normals(seed, first + strip, end - strip + int64_t(first % 4), noise);
     const float* eps = noise + first % 4;
-    const auto part = [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+    for_lanes(strip, end, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
       const F m = load_some<T>(mu + i, left), g = load_some<T>(dz + i, left), raw = load_some<T>(logvar + i, left);
       const F std = exp_clamped(0.5f * clamp_logvar(raw));
       const F dv = 0.5f * fused(g * std, *(const FUnaligned*)(eps + i - strip), dkl * fused(std, std, F{} - 1.f));
       store_some<T>(dmu + i, fused(m, F{} + dkl, g), left);
       store_some<T>(dlogvar + i, select((raw > -30.f) & (raw < 20.f), dv, F{}), left);
-    };
-    int64_t i = strip;
-    for (; i + L <= end; i += L) part(i, L);
-    if (i < end) part(i, end - i);
+    });
   }
 }
 
@@ -110,7 +104,9 @@ inline double sum_of_squares(const typename T::Element* a, const typename T::Ele
 }
 template <class T>
 inline void difference(float scale, const typename T::Element* a, const typename T::Element* b, int64_t n, typename T::Element* d) {
-  for (int64_t i = 0; i < n; i += L) store_some<T>(d + i, scale * (load_some<T>(a + i, n - i) - load_some<T>(b + i, n - i)), n - i);
+  for_lanes(0, n, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+    store_some<T>(d + i, scale * (load_some<T>(a + i, left) - load_some<T>(b + i, left)), left);
+  });
 }
 
 inline double reparameterize_forward(Type type, const void* mu, const void* logvar, uint64_t seed, uint64_t first, int64_t n, void* z) {

@@ -183,6 +183,13 @@ SAE_INLINE void store_some(typename T::Element* p, F v, int64_t n) {
   T::store(t, v);
   for (int64_t i = 0; i < n; ++i) p[i] = t[i];
 }
+// body(i, lanes) for the vectors of begin .. end - 1: lanes is L, a constant to the compiler, in all but the last one.
+template <class Body>
+SAE_INLINE void for_lanes(int64_t begin, int64_t end, Body body) {
+  int64_t i = begin;
+  for (; i + L <= end; i += L) body(i, L);
+  if (i < end) body(i, end - i);
+}
 template <class V>
 SAE_INLINE auto sum_lanes(V v) {
   auto s = v[0];

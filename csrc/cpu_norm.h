@@ -8,11 +8,10 @@ struct At {                                                   // one vector of a
 };
 template <class Body>
 SAE_INLINE void for_vectors(int64_t n, int64_t columns, Body body) {
-  int64_t row = 0, j = 0;
+  int64_t row = 0;
   for (; row + columns <= n; row += columns)
-    for (j = 0; j < columns; j += L) body(At{row + j, j, L});
-  for (j = 0; row + j + L <= n; j += L) body(At{row + j, j, L});
-  if (row + j < n) body(At{row + j, j, n - row - j});
+    for (int64_t j = 0; j < columns; j += L) body(At{row + j, j, L});
+  for_lanes(row, n, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) { body(At{i, i - row, lanes}); });
 }
 template <class T>
 SAE_INLINE F load_lanes(const typename T::Element* p, At at) { return load_some<T>(p + at.i, at.lanes); }
