@@ -8,8 +8,8 @@
 //
 // Why not a general flash attention: N is 261 = 2 * 128 + 5 at 256 x 256 pixels. Tiles of 128 do 384^2 of work for 261^2; rows in
 // steps of 16 do 272^2, and all of a head's K and V (70 KB) fit in shared memory, three blocks to a multiprocessor.
-// RoPE costs no pass over memory: Q turns in registers (columns c and c + 32 of an mma operand sit in the same lane), K on its way to
-// shared memory, dQ and dK turn back before they are stored. V, and dO in backward, go by cp.async.
+// RoPE costs no pass over memory: Q turns in registers (columns c and c + 32 of an mma operand sit in the same lane), K in shared
+// memory, dQ and dK turn back before they are stored. What is streamed comes by cp.async.
 // 32 rows a warp where registers allow: each B operand read by ldmatrix then feeds two products, which halves the traffic of shared
 // memory, otherwise the bottleneck.
 // Bytes at B 16, N 261, H 20: forward reads 32 and writes 11 MB (10 us at 4.3 TB/s); eager RoPE + attention moves three times that.
@@ -37,9 +37,18 @@ __device__ inline u16* cell(u16* tile, int row0, int row, int column) {
   return tile + (row0 + row) * D + ((column ^ (row & 7)) << 3);
 }
 __device__ inline void load_tile(u16* tile, Rows<const u16> src, int first, int rows, int n) {
-  for (int i = threadIdx.x; i < rows * 8; i += blockDim.x) {
+  for (int i = threadIdx.x; i < rows * 8; i += kThreads) {
     const int r = i / 8, t = first + r;
     copy_async(cell(tile, 0, r, i % 8), src[t < n ? t : 0] + i % 8 * 8, t < n);
+  }
+}
+// The same, for `turn_tile`: a thread copies both cells of the pairs that it will turn.
+__device__ inline void load_tile_of_pairs(u16* tile, Rows<const u16> src, int first, int rows, int n) {
+  for (int i = threadIdx.x; i < rows * 4; i += kThreads) {
+    const int r = i / 4, t = first + r;
+    const u16* from = src[t < n ? t : 0] + i % 4 * 8;
+    copy_async(cell(tile, 0, r, i % 4), from, t < n);
+    copy_async(cell(tile, 0, r, i % 4 + 4), from + 32, t < n);
   }
 }
 template <class T>
@@ -50,25 +59,28 @@ __device__ inline void turn_pairs(uint32_t& low, uint32_t& high, float2 angle0, 
   low = pack<T>(x.x, x.y);
   high = pack<T>(y.x, y.y);
 }
+// Turned where it lies, once it has landed: so all loads of memory are under way at once, and no register waits for one.
 template <class T>
-__device__ inline void load_tile_turned(u16* tile, Rows<const u16> src, int first, int rows, const Attention& a) {
-  for (int i = threadIdx.x; i < rows * 4; i += blockDim.x) {
-    const int r = i / 4, c = i % 4, t = first + r;
-    uint4 x{0, 0, 0, 0}, y{0, 0, 0, 0};
-    if (t < a.N) {
-      x = *reinterpret_cast<const uint4*>(src[t] + c * 8);
-      y = *reinterpret_cast<const uint4*>(src[t] + 32 + c * 8);
-      if (t >= a.prefix) {
-        const float4* angle = reinterpret_cast<const float4*>(angles(a, t, c * 8));
-        const float4 p = angle[0], q = angle[1], u = angle[2], v = angle[3];
-        turn_pairs<T>(x.x, y.x, make_float2(p.x, p.y), make_float2(p.z, p.w));
-        turn_pairs<T>(x.y, y.y, make_float2(q.x, q.y), make_float2(q.z, q.w));
-        turn_pairs<T>(x.z, y.z, make_float2(u.x, u.y), make_float2(u.z, u.w));
-        turn_pairs<T>(x.w, y.w, make_float2(v.x, v.y), make_float2(v.z, v.w));
-      }
-    }
-    *reinterpret_cast<uint4*>(cell(tile, 0, r, c)) = x;
-    *reinterpret_cast<uint4*>(cell(tile, 0, r, c + 4)) = y;
+__device__ inline void turn_tile(u16* tile, int first, int rows, const Attention& a) {
+  constexpr int kRows = kThreads / 4;                                    // at a time
+  const int c = threadIdx.x % 4;
+  int r = threadIdx.x / 4, x = first + r - a.prefix;
+  int y = x > 0 ? x / a.w : 0;                                           // row and column of the patch
+  x -= y * a.w;
+  for (; r < rows && first + r < a.N; r += kRows, x += kRows) {
+    for (; x >= a.w; x -= a.w) ++y;
+    if (x < 0) continue;                                                 // CLS and registers have no position
+    const float4* angle = reinterpret_cast<const float4*>(angles(a, y, x, c * 8));
+    const float4 p = angle[0], q = angle[1], u = angle[2], v = angle[3];
+    uint4* low = reinterpret_cast<uint4*>(cell(tile, 0, r, c));
+    uint4* high = reinterpret_cast<uint4*>(cell(tile, 0, r, c + 4));
+    uint4 e = *low, f = *high;
+    turn_pairs<T>(e.x, f.x, make_float2(p.x, p.y), make_float2(p.z, p.w));
+    turn_pairs<T>(e.y, f.y, make_float2(q.x, q.y), make_float2(q.z, q.w));
+    turn_pairs<T>(e.z, f.z, make_float2(u.x, u.y), make_float2(u.z, u.w));
+    turn_pairs<T>(e.w, f.w, make_float2(v.x, v.y), make_float2(v.z, v.w));
+    *low = e;
+    *high = f;
   }
 }
 
@@ -275,8 +287,9 @@ __global__ void __launch_bounds__(kThreads, 3) forward_kernel(const Attention a)
     const int left = a.N - base < kChunk ? a.N - base : kChunk, rows = (left + 15) / 16 * 16;
     if (base) __syncthreads();                                           // the last chunk is still being read
     load_tile(vs, qkv_rows(qkv, a, p, 2), base, rows, a.N);
-    load_tile_turned<T>(ks, qkv_rows(qkv, a, p, 1), base, rows, a);
+    load_tile_of_pairs(ks, qkv_rows(qkv, a, p, 1), base, rows, a.N);
     copy_async_wait();
+    turn_tile<T>(ks, base, rows, a);
     __syncthreads();
     if (row0 >= a.N) continue;                                           // not return: the barriers need every warp
     int k0 = 0;
@@ -351,8 +364,9 @@ __global__ void __launch_bounds__(kThreads, 2) backward_q_kernel(const Attention
     const int left = a.N - base < kChunk ? a.N - base : kChunk, rows = (left + 15) / 16 * 16;
     if (base) __syncthreads();
     load_tile(vs, qkv_rows(qkv, a, p, 2), base, rows, a.N);
-    load_tile_turned<T>(ks, qkv_rows(qkv, a, p, 1), base, rows, a);
+    load_tile_of_pairs(ks, qkv_rows(qkv, a, p, 1), base, rows, a.N);
     copy_async_wait();
+    turn_tile<T>(ks, base, rows, a);
     __syncthreads();
     if (row0 >= a.N) continue;
     for (int k0 = 0; k0 < rows; k0 += kStepBackward) step_q<T, kStepBackward / 8>(dq, q, g, lse, delta, ks, vs, k0, left);
@@ -387,12 +401,13 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kv_kernel(const Attentio
     const int left = a.N - base < kChunk ? a.N - base : kChunk, rows = (left + 15) / 16 * 16;
     if (base) __syncthreads();
     load_tile(gs, out_rows(static_cast<const u16*>(a.dout), a, p), base, rows, a.N);
-    for (int i = threadIdx.x; i < rows; i += blockDim.x) {
+    for (int i = threadIdx.x; i < rows; i += kThreads) {
       lse[i] = i < left ? a.lse[stat_row(a, p) + base + i] : 0.f;        // the padding weighs 1, times rows of zeros
       delta[i] = i < left ? a.delta[stat_row(a, p) + base + i] : 0.f;
     }
-    load_tile_turned<T>(qs, qkv_rows(qkv, a, p, 0), base, rows, a);
+    load_tile_of_pairs(qs, qkv_rows(qkv, a, p, 0), base, rows, a.N);
     copy_async_wait();
+    turn_tile<T>(qs, base, rows, a);
     __syncthreads();
     if (row0 >= a.N) continue;
     for (int q0 = 0; q0 < rows; q0 += kStepBackward) {

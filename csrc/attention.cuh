@@ -41,10 +41,13 @@ __device__ inline Rows<E> out_rows(E* out, const Attention& a, const Place& p) {
 }
 __device__ inline int64_t stat_row(const Attention& a, const Place& p) { return (p.image * a.H + p.head) * a.N; }  // [B,H,N]
 
-// The (cos, sin) of pairs i .. up to the next multiple of 16 of a patch token: pairs 0-15 turn by its row, 16-31 by its column.
+// The (cos, sin) of pairs i .. up to the next multiple of 16 of the patch in row y and column x, and of a token that is a patch.
+__device__ inline const float2* angles(const Attention& a, int y, int x, int i) {    // pairs 0-15 turn by the row, 16-31 by the column
+  return reinterpret_cast<const float2*>(i < 16 ? a.rows + y * 32 : a.cols + x * 32) + i % 16;
+}
 __device__ inline const float2* angles(const Attention& a, int token, int i) {
   const int patch = token - a.prefix, y = patch / a.w, x = patch - y * a.w;
-  return reinterpret_cast<const float2*>(i < 16 ? a.rows + y * 32 : a.cols + x * 32) + i % 16;
+  return angles(a, y, x, i);
 }
 // (x, y) = (v[i], v[i + 32]) turns by the angle; `turn_back` by minus it.
 __device__ inline void turn(float& x, float& y, float2 angle) {

@@ -1,4 +1,4 @@
-// What the kernels share that stream tensors through registers: eight values a thread, in one load of 16 bytes or two.
+// Shared by the kernels that stream tensors through registers: eight values a thread, in one load of 16 bytes or two.
 #pragma once
 #include "cuda.h"
 #include "simt.cuh"
@@ -15,25 +15,27 @@ namespace {
 
 constexpr int kEach = 8;
 
-// A pointer of the fast path is aligned to 16 bytes; the other path reads or writes the first n values alone.
+// Pointers are to global memory. One of the fast path is aligned to 16 bytes; the other path reads or writes the first n values alone.
+// No kernel writes what it loads here (__ldg), so that loads may go before stores. __stwb is an ordinary store, which nvcc cannot split:
+// it makes four of 4 bytes out of an assignment.
 struct Eight { float v[kEach]; };
 SAE_INLINE Eight load(const float* p) {
-  const float4 x = reinterpret_cast<const float4*>(p)[0], y = reinterpret_cast<const float4*>(p)[1];
+  const float4 x = __ldg(reinterpret_cast<const float4*>(p)), y = __ldg(reinterpret_cast<const float4*>(p) + 1);
   return {{x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w}};
 }
 SAE_INLINE void store(float* p, const Eight& e) {
-  reinterpret_cast<float4*>(p)[0] = float4{e.v[0], e.v[1], e.v[2], e.v[3]};
-  reinterpret_cast<float4*>(p)[1] = float4{e.v[4], e.v[5], e.v[6], e.v[7]};
+  __stwb(reinterpret_cast<float4*>(p), float4{e.v[0], e.v[1], e.v[2], e.v[3]});
+  __stwb(reinterpret_cast<float4*>(p) + 1, float4{e.v[4], e.v[5], e.v[6], e.v[7]});
 }
 template <class T>
 SAE_INLINE Eight load(const T* p) {
-  const uint4 x = *reinterpret_cast<const uint4*>(p);
+  const uint4 x = __ldg(reinterpret_cast<const uint4*>(p));
   const float2 a = unpack<T>(x.x), b = unpack<T>(x.y), c = unpack<T>(x.z), d = unpack<T>(x.w);
   return {{a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y}};
 }
 template <class T>
 SAE_INLINE void store(T* p, const Eight& e) {
-  *reinterpret_cast<uint4*>(p) = uint4{pack<T>(e.v[0], e.v[1]), pack<T>(e.v[2], e.v[3]), pack<T>(e.v[4], e.v[5]), pack<T>(e.v[6], e.v[7])};
+  __stwb(reinterpret_cast<uint4*>(p), uint4{pack<T>(e.v[0], e.v[1]), pack<T>(e.v[2], e.v[3]), pack<T>(e.v[4], e.v[5]), pack<T>(e.v[6], e.v[7])});
 }
 SAE_INLINE float load_one(const float* p) { return *p; }
 template <class T>

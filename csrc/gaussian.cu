@@ -9,6 +9,7 @@
 // own. Sums go to one double a block and a second kernel adds those in a fixed order: no atomics, always the same result.
 // The fast path wants samples of a multiple of 8 elements and an offset of a multiple of 4; anything else takes one element at a time.
 #include <cmath>
+#include <cstring>
 
 #include "eight.cuh"
 
@@ -17,17 +18,11 @@ namespace cuda {
 namespace {
 
 template <class To, class From>
-SAE_INLINE To bits(From v);
-template <>
-SAE_INLINE int32_t bits<int32_t, float>(float v) { return __float_as_int(v); }
-template <>
-SAE_INLINE uint32_t bits<uint32_t, float>(float v) { return __float_as_uint(v); }
-template <>
-SAE_INLINE float bits<float, int32_t>(int32_t v) { return __int_as_float(v); }
-template <>
-SAE_INLINE float bits<float, uint32_t>(uint32_t v) { return __uint_as_float(v); }
-template <>
-SAE_INLINE int32_t bits<int32_t, uint32_t>(uint32_t v) { return static_cast<int32_t>(v); }
+SAE_INLINE To bits(From v) {
+  To to;
+  memcpy(&to, &v, sizeof(to));
+  return to;
+}
 template <class C, class T>
 SAE_INLINE T select(C c, T a, T b) { return c ? a : b; }
 SAE_INLINE float to_float(int32_t v) { return static_cast<float>(v); }
@@ -102,7 +97,8 @@ struct Chunk {                                                           // of a
   int64_t sample, begin, end;
 };
 SAE_INLINE Chunk chunk(int64_t n) {
-  const int64_t chunks = (n + kChunk - 1) / kChunk, begin = blockIdx.x % chunks * kChunk;
+  const unsigned chunks = static_cast<unsigned>((n + kChunk - 1) / kChunk);                // of all samples, fewer than 2^31
+  const int64_t begin = blockIdx.x % chunks * kChunk;
   return {blockIdx.x / chunks, begin, n < begin + kChunk ? n : begin + kChunk};
 }
 

@@ -10,7 +10,7 @@
 // kernel adds those in double, always in the same order (no atomics), and a third goes over the rows again, partly from the L2 cache.
 //
 // Variance: a thread's deviations are those from its own first value, and pieces join by Chan's formula (mean, sum of squared
-// deviations), so that neither a mean far from zero nor one outlier costs digits.
+// deviations), their means counted from the first row of the chunk. So neither a mean far from zero nor one outlier costs digits.
 // Shared memory: 64 bytes a thread. Fast where C is a multiple of 8; otherwise a thread loads its channels one by one.
 #include "eight.cuh"
 
@@ -22,6 +22,7 @@ constexpr int kThreads = 384;                                            // twic
 constexpr int kFinishThreads = 128;
 constexpr int kMaxLanes = 32, kMinRows = 4, kMaxRows = 16;               // rows of a chunk at a time; rows of a thread
 constexpr int64_t kWantedBlocks = 256;                                   // about two to a multiprocessor, if the tensor is large enough
+constexpr int kParts = 3;                                                // of a channel of a chunk, in `partial`; backward takes two
 constexpr float kLog2e = 1.4426950408889634f;
 
 // How the work is cut: a function of the shape alone, so that results do not depend on the device.
@@ -87,9 +88,14 @@ SAE_INLINE float sigmoid(float u) { return fast_divide(1.f, 1.f + fast_exp2(-kLo
 SAE_INLINE float* lane_values(const Cut& c, int which, int lane) {
   return shared_memory<float>() + (which * c.lanes + lane) * c.columns * kEach;
 }
-// The same of a chunk, in `partial` [B, chunks, 2, C]: [C].
+SAE_INLINE void put(const Cut& c, const Place& p, int which, const Eight& e) {
+  float4* to = reinterpret_cast<float4*>(lane_values(c, which, p.lane) + p.column * kEach);
+  to[0] = float4{e.v[0], e.v[1], e.v[2], e.v[3]};
+  to[1] = float4{e.v[4], e.v[5], e.v[6], e.v[7]};
+}
+// Those of a chunk, in `partial` [B, chunks, kParts, C]: [C].
 SAE_INLINE float* partial(const GroupNorm& a, const Cut& c, const Place& p, int which) {
-  return a.partial + ((p.sample * c.chunks + p.chunk) * 2 + which) * a.C;
+  return a.partial + ((p.sample * c.chunks + p.chunk) * kParts + which) * a.C;
 }
 
 template <class T, bool kFast>
@@ -108,32 +114,32 @@ __global__ void __launch_bounds__(kThreads, 2) moments_kernel(const GroupNorm a,
         square.v[j] = __fmaf_rn(d, d, square.v[j]);
       }
     }
+    const Eight origin = load<kFast>(at<const void, const T>(a.x, a, p, 0), p.n);
     const int count = (p.rows - p.lane + c.lanes - 1) / c.lanes;
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       const float mean = count > 0 ? sum.v[j] / static_cast<float>(count) : 0.f;
       square.v[j] = __fmaf_rn(-sum.v[j], mean, square.v[j]);
-      shift.v[j] += mean;
+      shift.v[j] = shift.v[j] - origin.v[j] + mean;
     }
-    store(lane_values(c, 0, p.lane) + p.column * kEach, shift);
-    store(lane_values(c, 1, p.lane) + p.column * kEach, square);
+    put(c, p, 0, shift);
+    put(c, p, 1, square);
   }
   __syncthreads();
   const int lanes = p.rows < c.lanes ? p.rows : c.lanes;                 // that have a row
   for (int i = threadIdx.x; i < c.columns * kEach; i += blockDim.x) {
     const int channel = p.channel - p.column * kEach + i;
     if (channel >= a.C) break;
-    const float shift = lane_values(c, 0, 0)[i];
     float mean = 0.f, square = 0.f;
-    for (int l = 1; l < lanes; ++l)
-      mean += (lane_values(c, 0, l)[i] - shift) * static_cast<float>((p.rows - l + c.lanes - 1) / c.lanes);
-    mean = shift + mean / static_cast<float>(p.rows);
+    for (int l = 0; l < lanes; ++l) mean += lane_values(c, 0, l)[i] * static_cast<float>((p.rows - l + c.lanes - 1) / c.lanes);
+    mean /= static_cast<float>(p.rows);
     for (int l = 0; l < lanes; ++l) {
       const float d = lane_values(c, 0, l)[i] - mean;
       square += __fmaf_rn(d * d, static_cast<float>((p.rows - l + c.lanes - 1) / c.lanes), lane_values(c, 1, l)[i]);
     }
-    partial(a, c, p, 0)[channel] = mean;
-    partial(a, c, p, 1)[channel] = square;
+    partial(a, c, p, 0)[channel] = load_one(at<const void, const T>(a.x, a, p, 0) - p.channel + channel);
+    partial(a, c, p, 1)[channel] = mean;
+    partial(a, c, p, 2)[channel] = square;
   }
 }
 
@@ -142,17 +148,18 @@ __global__ void __launch_bounds__(kFinishThreads) statistics_kernel(const GroupN
   double* shared = shared_memory<double>();
   const int width = a.C / a.groups, g = blockIdx.x % a.groups;
   const int64_t sample = blockIdx.x / a.groups, entries = c.chunks * width;
-  const float* means = a.partial + sample * c.chunks * 2 * a.C + g * width;
+  const float* parts = a.partial + sample * c.chunks * kParts * a.C + g * width;
   const auto count = [&](int64_t chunk) {
     const int64_t left = a.rows - chunk * c.rows;
     return static_cast<double>(left < c.rows ? left : c.rows);
   };
+  const auto part = [&](int64_t i, int which) -> double { return parts[(i / width * kParts + which) * a.C + i % width]; };
   double mean = 0., square = 0.;
-  for (int64_t i = threadIdx.x; i < entries; i += kFinishThreads) mean += means[i / width * 2 * a.C + i % width] * count(i / width);
+  for (int64_t i = threadIdx.x; i < entries; i += kFinishThreads) mean += (part(i, 0) + part(i, 1)) * count(i / width);
   mean = block_sum<kFinishThreads>(mean, shared) / static_cast<double>(a.rows * width);
   for (int64_t i = threadIdx.x; i < entries; i += kFinishThreads) {
-    const float* m = means + i / width * 2 * a.C + i % width;
-    square += m[a.C] + (m[0] - mean) * (m[0] - mean) * count(i / width);
+    const double d = part(i, 0) + part(i, 1) - mean;
+    square += part(i, 2) + d * d * count(i / width);
   }
   square = block_sum<kFinishThreads>(square, shared);
   if (threadIdx.x == 0) {
@@ -209,8 +216,8 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const GroupNorm a, co
         product.v[j] = __fmaf_rn(du, d, product.v[j]);
       }
     }
-    store(lane_values(c, 0, p.lane) + p.column * kEach, sum);
-    store(lane_values(c, 1, p.lane) + p.column * kEach, product);
+    put(c, p, 0, sum);
+    put(c, p, 1, product);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < c.columns * kEach; i += blockDim.x) {
@@ -229,13 +236,13 @@ __global__ void __launch_bounds__(kFinishThreads) slopes_kernel(const GroupNorm 
   const int width = a.C / a.groups, g = blockIdx.x % a.groups, lanes = width < kFinishThreads ? kFinishThreads / width : 1;
   const int64_t sample = blockIdx.x / a.groups;
   double *sum = shared_memory<double>(), *product = sum + lanes * width, *shared = product + lanes * width;
-  const float* parts = a.partial + sample * c.chunks * 2 * a.C + g * width;
+  const float* parts = a.partial + sample * c.chunks * kParts * a.C + g * width;
   const int lane = threadIdx.x / width;
   for (int i = threadIdx.x % width; lane < lanes && i < width; i += kFinishThreads) {
     double s = 0., q = 0.;
     for (int64_t chunk = lane; chunk < c.chunks; chunk += lanes) {
-      s += parts[chunk * 2 * a.C + i];
-      q += parts[(chunk * 2 + 1) * a.C + i];
+      s += parts[chunk * kParts * a.C + i];
+      q += parts[(chunk * kParts + 1) * a.C + i];
     }
     sum[lane * width + i] = s;
     product[lane * width + i] = q;
@@ -296,7 +303,7 @@ size_t lane_memory(const Cut& c) { return 2 * threads(c) * kEach * sizeof(float)
 
 }  // namespace
 
-int64_t norm_partials(const GroupNorm& a) { return a.B * cut(a).chunks * 2 * a.C; }
+int64_t norm_partials(const GroupNorm& a) { return a.B * cut(a).chunks * kParts * a.C; }
 
 const char* group_norm_silu_forward(const GroupNorm& a, void* stream) {
   const Cut c = cut(a);

@@ -259,8 +259,10 @@ inline bool __any_sync(unsigned, bool v) {
 
 inline float __uint_as_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
 inline uint32_t __float_as_uint(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
-inline float __int_as_float(int32_t i) { return __uint_as_float(uint32_t(i)); }
-inline int32_t __float_as_int(float f) { return int32_t(__float_as_uint(f)); }
+template <class T>
+T __ldg(const T* p) { return *p; }
+template <class T>
+void __stwb(T* p, T v) { *p = v; }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fsqrt_rn(float v) { return std::sqrt(v); }

@@ -10,6 +10,7 @@ cannot run here (a package or an attention backend is missing) is named and left
 import argparse
 import copy
 import json
+import math
 import statistics
 import sys
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch                                                                            # noqa: E402
+import torch._functorch.config                                                          # noqa: E402
 import torch.nn.functional as F                                                         # noqa: E402
 from timm.layers import apply_rot_embed_cat                                             # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel                                  # noqa: E402
@@ -51,7 +53,7 @@ def compare(title, device, rounds, sets, competitors, note=None):
                 raise
             print(f"    {title}: {name} cannot run here: {str(e).splitlines()[0]:.120}")
             competitors = {n: f for n, f in competitors.items() if n != name}
-    times = {name: [] for name in competitors}
+    times, gaps = {name: [] for name in competitors}, set()
     for i in tqdm(range(rounds), title, leave=False, disable=None):
         for name, f in competitors.items():
             if device == "cuda":
@@ -62,6 +64,8 @@ def compare(title, device, rounds, sets, competitors, note=None):
                 for s in sets:
                     f(*s)
                 end.record()
+                if start.query():
+                    gaps.add(name)
                 end.synchronize()
                 times[name].append(start.elapsed_time(end) / len(sets))
             else:
@@ -72,10 +76,20 @@ def compare(title, device, rounds, sets, competitors, note=None):
     ours = next(iter(median.values()))
     print(f"\n{title}")
     for name, t in median.items():
-        print(f"    {name:44s} {t:10.3f} ms   ratio {t / ours:5.2f}")
+        print(f"    {name:44s} {t:10.3f} ms   ratio {t / ours:5.2f}" + "   with gaps: its launches took over 10 ms" * (name in gaps))
     if note:
         print(f"    {note(median)}")
     RESULTS.append({"title": title, "ms": median})
+
+
+def buffers(make, nbytes, device):
+    """[make(), ...]: as many as fill twice the L2 cache of a GPU, 120 MB; one on a CPU. nbytes: of what a call of ours reads."""
+    return [make() for _ in range(max(2, -(-120_000_000 // nbytes)) if device == "cuda" else 1)]
+
+
+def share(tensors, of_copy, nbytes, copy):
+    """A note for `compare`: ours moves so many tensors of nbytes, the competitor `copy` moves of_copy of them."""
+    return lambda t: f"ours moves at least {tensors} x {nbytes / 2**20:.1f} MiB, at {tensors / of_copy * t[copy] / t['ours']:.0%} of the copy's bandwidth"
 
 
 def forward_backward(f):
@@ -137,8 +151,8 @@ def bench_attention(device, rounds, compiled):
                     competitors[f"{name}, {backend.name}"] = with_backend
                     if compile_too and f is transformers_sdpa:           # the backend inside: it is chosen while compiling
                         competitors[f"{name}, compiled, {backend.name}"] = torch.compile(with_backend)
-        sets = [torch.randn(B, N, 3, H, 64, device=device, dtype=dtype) for _ in range(4 if device == "cuda" else 1)]
         dout = torch.randn(B, N, H * 64, device=device, dtype=dtype)
+        sets = buffers(lambda: torch.randn(B, N, 3, H, 64, device=device, dtype=dtype), 3 * dout.nbytes, device)
         title = f"attention {device} {str(dtype)[6:]} B{B} N{N} H{H}"
         moved = 4 * dout.numel() * dout.element_size()
         floor = (lambda median, moved=moved: f"memory floor at 4.3 TB/s: forward {moved / 4.3e9:.4f} ms") if device == "cuda" else None
@@ -168,44 +182,42 @@ def bench_gaussian(device, rounds, compiled):
         DiagonalGaussianDistribution = None
         print("    diffusers is not installed: left out")
     for shape, dtype, compile_too in cases([(16, 1280, 16, 16)], device, compiled):
-        def eager(mu, logvar, noise):
+        def eager(mu, logvar, noise, both):
             v = logvar.clamp(-30, 20)
             return mu + (0.5 * v).exp() * torch.randn_like(mu), 0.5 * (mu.square() + v.exp() - 1 - v).flatten(1).sum(1)
 
-        def given(mu, logvar, noise):
+        def given(mu, logvar, noise, both):
             v = logvar.clamp(-30, 20)
             return mu + (0.5 * v).exp() * noise, 0.5 * (mu.square() + v.exp() - 1 - v).flatten(1).sum(1)
 
-        def diffusers(mu, logvar, noise):
+        def diffusers(mu, logvar, noise, both):
             d = DiagonalGaussianDistribution(torch.cat([mu, logvar], 1))
             return d.sample(), d.kl()
 
-        competitors = {"ours": lambda m, v, e: sae.reparameterize(m, v, 5), "eager": eager, "noise given, eager": given}
+        def make():
+            both = torch.randn(2, *shape, device=device, dtype=dtype)
+            return *(t.detach().requires_grad_() for t in both), torch.randn(shape, device=device, dtype=dtype), both
+
+        competitors = {"ours": lambda m, v, *_: sae.reparameterize(m, v, 5), "eager": eager, "noise given, eager": given}
         if DiagonalGaussianDistribution:
             competitors["diffusers"] = diffusers
         if compile_too:
             competitors |= {"compiled": torch.compile(eager), "noise given, compiled": torch.compile(given)}
-        sets = [tuple(torch.randn(shape, device=device, dtype=dtype) for _ in range(3)) for _ in range(4 if device == "cuda" else 1)]
-        competitors["copy of mu and logvar"] = lambda m, v, e: (m.clone(), v.clone())
+        sets = buffers(make, 2 * math.prod(shape) * dtype.itemsize, device)
+        copying = {"copy of mu and logvar": lambda m, v, e, both: both.clone()}
         title = f"reparameterize and KL {device} {str(dtype)[6:]} {list(shape)}"
-        moved = sets[0][0].numel() * sets[0][0].element_size()
-
-        def bandwidth(reads_writes):
-            # the copy moves 4 tensors; ours at the copy's bandwidth would take reads_writes / 4 of its time
-            return lambda t: f"ours moves {reads_writes} x {moved / 2**20:.0f} MiB at {reads_writes / 4 * t['copy of mu and logvar'] / t['ours']:.0%} of the copy's bandwidth"
-
-        compare(title + " forward", device, rounds, sets, {n: torch.no_grad()(f) for n, f in competitors.items()}, bandwidth(3))
-        competitors.pop("copy of mu and logvar")
+        alone = {n: torch.no_grad()(f) for n, f in competitors.items()}
+        compare(title + " forward", device, rounds, sets, alone | copying, share(3, 4, sets[0][0].nbytes, *copying))
         dz, dkl = torch.randn(shape, device=device, dtype=dtype), torch.full((shape[0],), 1e-6, device=device)
 
         def both(f):
-            def run(m, v, e):
-                z, kl = f(m, v, e)
+            def run(*inputs):
+                z, kl = f(*inputs)
                 return [z, kl], [dz, dkl.to(kl.dtype)]
             return forward_backward(run)
 
-        compare(title + " forward and backward", device, rounds, [(m.clone().requires_grad_(), v.clone().requires_grad_(), e) for m, v, e in sets],
-                {n: both(f) for n, f in competitors.items()})
+        compare(title + " forward and backward", device, rounds, sets, {n: both(f) for n, f in competitors.items()} | copying,
+                share(8, 4, sets[0][0].nbytes, *copying))
 
 
 def bench_mse(device, rounds, compiled):
@@ -213,10 +225,12 @@ def bench_mse(device, rounds, compiled):
         competitors = {"ours": sae.feature_mse, "mse_loss in fp32": lambda s, t: F.mse_loss(s.float(), t.float())}
         if compile_too:
             competitors["mse_loss in fp32, compiled"] = torch.compile(competitors["mse_loss in fp32"])
-        sets = [tuple(torch.randn(shape, device=device, dtype=dtype) for _ in range(2)) for _ in range(4 if device == "cuda" else 1)]
+        sets = buffers(lambda: tuple(torch.randn(shape, device=device, dtype=dtype, requires_grad=i == 0) for i in range(2)),
+                       2 * math.prod(shape) * dtype.itemsize, device)
         title = f"feature MSE {device} {str(dtype)[6:]} {list(shape)}"
-        compare(title + " forward and backward", device, rounds, [(s.clone().requires_grad_(), t) for s, t in sets],
-                {n: forward_backward(lambda s, t, f=f: ([f(s, t)], [None])) for n, f in competitors.items()})
+        copying = {"copy of the student": lambda s, t: s.detach().clone()}
+        both = {n: forward_backward(lambda s, t, f=f: ([f(s, t)], [None])) for n, f in competitors.items()}
+        compare(title + " forward and backward", device, rounds, sets, both | copying, share(5, 2, sets[0][0].nbytes, *copying))
 
 
 # ------------------------------------------------------------------ SiLU of group norm
@@ -253,18 +267,14 @@ def bench_norm(device, rounds, compiled):
             competitors |= {f"{name}, compiled": torch.compile(f) for name, f in list(competitors.items())[1:]}
         x, dy = (torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last) for _ in range(2))
         parameters = [torch.randn(shape[1], device=device, requires_grad=True) for _ in range(2)]
-        sets = [(x.clone().requires_grad_(), *parameters) for _ in range(4 if device == "cuda" else 1)]
+        sets = buffers(lambda: (x.clone().requires_grad_(), *parameters), x.nbytes, device)
         title = f"SiLU of group norm {device} {str(dtype)[6:]} {list(shape)}"
-        copy = {"copy": lambda x, w, b: x.detach().clone()}
-
-        def share(tensors):                               # a copy moves two: x and its copy
-            return lambda t: (f"ours moves at least {tensors} x {x.nbytes / 2**20:.1f} MiB, "
-                              f"at {tensors / 2 * t['copy'] / t['ours']:.0%} of the copy's bandwidth")
+        copying = {"copy": lambda x, w, b: x.detach().clone()}
 
         alone = {n: torch.no_grad()(f) for n, f in competitors.items()}
-        compare(title + " forward", device, rounds, sets, alone | copy, share(2))
+        compare(title + " forward", device, rounds, sets, alone | copying, share(2, 2, x.nbytes, *copying))
         both = {n: forward_backward(lambda *s, f=f: ([f(*s)], [dy])) for n, f in competitors.items()}
-        compare(title + " forward and backward", device, rounds, sets, both | copy, share(5))
+        compare(title + " forward and backward", device, rounds, sets, both | copying, share(5, 2, x.nbytes, *copying))
         kept = (f"{n} {kept_for_backward(f, *sets[0]) / 2**20:.1f} MiB" for n, f in competitors.items())
         print("    kept for backward: " + ", ".join(kept))
 

@@ -1,6 +1,6 @@
 """A stage-2 training step of train.py beside the same step assembled from others' parts.
 
-    python tests/bench_train.py [step] [parts] [scaling] [--rounds 3] [--steps 6] [--compile] [--quick]
+    python tests/bench_train.py [step] [parts] [scaling] [--rounds 3] [--steps 6] [--compile] [--setting NAME]
 
 step      images/s and peak memory. Ours is train.py itself, run as a user runs it. The peer is transformers' DINOv3 (student and teacher),
           diffusers' decoder of the same widths and blocks, the lpips package, pix2pix's discriminator with its two passes, AdamW and a loop
@@ -8,8 +8,8 @@ step      images/s and peak memory. Ours is train.py itself, run as a user runs 
 parts     forward and backward of each part alone
 scaling   train.py alone: step time and memory against batch, resolution and number of ranks
 
-On a CPU with the S encoder, the LDM decoder's widths, 128x128, batch 4; on a GPU the paper's setting, and the LDM decoder's. Weights are
-random and the images noise. Competitors take turns and the tables hold medians: a shared machine slows all of them alike.
+On a CPU with the S encoder, the LDM decoder's widths, 128x128, batch 4; on a GPU the paper's setting, and the LDM decoder's; or the one
+that --setting names ("quick" is a tiny one, to see that all runs). Weights are random and the images noise. Competitors take turns and the tables hold medians: a shared machine slows all of them alike.
 """
 import argparse
 import contextlib
@@ -187,7 +187,7 @@ def measure(command, out, steps, skip=2, threads=None):
         try:
             while len(lines) < skip + steps:
                 if process.poll() is not None:
-                    sys.exit(f"bench_train.py: {' '.join(command)} ended early:\n{(out / 'log').read_text()[-3000:]}")
+                    raise RuntimeError(f"{' '.join(command)} ended early:\n{(out / 'log').read_text()[-3000:]}")
                 time.sleep(0.05)
                 with contextlib.suppress(FileNotFoundError):
                     lines = [line for line in (out / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
@@ -239,8 +239,13 @@ def bench_scaling(setting, folder, args):
     for i, case in enumerate(cases):
         ranks = case.get("ranks", 1)
         threads = max(1, torch.get_num_threads() // ranks) if DEVICE.type == "cpu" else None
-        rate, peak = measure(train_command(setting, folder, folder / f"scale{i}", **case), folder / f"scale{i}", args.steps, threads=threads)
-        rows.append((case.get("size", size), ranks, case["batch"], f"{ranks * case['batch'] / rate:.3f}", f"{rate:.2f}", f"{peak:.2f}"))
+        row = (case.get("size", size), ranks, case["batch"])
+        try:
+            rate, peak = measure(train_command(setting, folder, folder / f"scale{i}", **case), folder / f"scale{i}", args.steps, threads=threads)
+            rows.append((*row, f"{ranks * case['batch'] / rate:.3f}", f"{rate:.2f}", f"{peak:.2f}"))
+        except RuntimeError as error:                                   # out of memory: the others still count
+            print(f"bench_train.py: {error}", file=sys.stderr)
+            rows.append((*row, "failed", "", ""))
     table(f"train.py as work grows: {setting}, {DEVICE.type}",
           ("size", "ranks", "batch of a rank", "s a step", "images/s", "peak GiB of a rank"), rows)
 
@@ -340,7 +345,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6, help="measured in each run, after two that are not")
     parser.add_argument("--compile", action="store_true", help="compiled competitors too: minutes to build")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that all runs")
+    parser.add_argument("--setting", choices=SETTINGS, help="this model alone")
     parser.add_argument("--peer", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
@@ -349,7 +354,7 @@ def main():
         parser.error(f"no benchmark {', '.join(sorted(unknown))}: choose of {', '.join(BENCHES)}")
     args.peers = [name for name, (_, compiled) in PEERS.items() if args.compile or not compiled]
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if DEVICE.type == 'cuda' else f'{torch.get_num_threads()} threads'}")
-    for setting in ["quick"] if args.quick else ["S"] if DEVICE.type == "cpu" else ["H+ and LDM's decoder", "H+"]:
+    for setting in [args.setting] if args.setting else ["S"] if DEVICE.type == "cpu" else ["H+ and LDM's decoder", "H+"]:
         with tempfile.TemporaryDirectory() as folder:
             prepare(setting, Path(folder))
             for name in args.what or BENCHES:

@@ -106,6 +106,18 @@ def test_noise_of_the_cuda_kernel_equals_noise_of_the_cpu_bit_for_bit(module, n,
     assert torch.equal(z, sae.reparameterize(zero, zero, seed, offset)[0])
 
 
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc: what it makes of stores is unknown")
+@pytest.mark.parametrize("name, stores", [("gaussian.cu", r"Gaussian|_backward_kernel\w*Error"), ("norm.cu", r"(?:forward|backward)_kernel")])
+def test_nvcc_leaves_the_stores_of_16_bytes_whole(name, stores, tmp_path):
+    r = subprocess.run(["nvcc", "-std=c++17", "-O3", "-arch=sm_90", "-ptx", CSRC / name, "-o", tmp_path / "x.ptx"], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    kernels = dict(k.split("(", 1) for k in re.split(r"\.entry ", (tmp_path / "x.ptx").read_text())[1:])
+    fast = {n: re.findall(r"\bst\.global\S*", code) for n, code in kernels.items() if "Lb1E" in n and re.search(stores, n)}
+    assert len(fast) >= 6
+    for n, found in fast.items():                             # a block's sum is one double
+        assert {s.replace(".wb", "") for s in found} - {"st.global.f64"} <= {"st.global.v4.u32", "st.global.v4.f32"}, (n, found)
+
+
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc: register use is unknown")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_nvcc_compiles_every_kernel_with_few_register_spills(arch, tmp_path):

@@ -190,8 +190,9 @@ def test_neither_the_largest_scores_nor_the_least_overflow(device, dtype, N):
         exact, theirs = with_gradient(f, qkv, torch.float64, dout), with_gradient(f, qkv, dtype, dout)
         ours = with_gradient(lambda x: sae.attention(x, rope, N - 2), qkv, dtype, dout)
         q, k = qkv[0, :, 0, 0].double(), qkv[0, :, 1, 0].double()
-        lse = (q @ k.T / 8 / math.log(2)).logsumexp(1).abs().max().item()                  # backward has P from it: its rounding is P's error
-        for x, p, e, floor in zip(ours, theirs, exact, (0, lse)):
+        # The rounding of the scores, and of lse, from which backward has P, is P's error; PyTorch's own may be none where one key has it all.
+        lse = (q @ k.T / 8 / math.log(2)).logsumexp(1).abs().max().item()
+        for x, p, e, floor in zip(ours, theirs, exact, (lse / 4, lse)):
             assert relative(x, e) <= 3 * relative(p, e) + 4 * half_ulp(dtype) + floor * half_ulp(torch.float32)
 
 
@@ -280,9 +281,10 @@ def test_reparameterize_and_its_gradient_err_at_most_twice_and_three_times_as_mu
     for f in (sae.reparameterize, sae.reparameterize_reference):
         ours = both(lambda m, v: f(m, v, 9, 2), dtype)
         assert ours[0].dtype == dtype and ours[1].dtype == torch.float32 and ours[1].shape == shape[:1]
-        for x, p, e, factor in zip(ours, own, expected, (2, 2, 3, 3)):
-            # The result's own rounding, and one more of a term of it in fp32: PyTorch's own may be none, by chance.
-            assert relative(x, e) <= factor * relative(p, e) + half_ulp(x.dtype) + half_ulp(torch.float32)
+        for x, p, e, factor, more in zip(ours, own, expected, (2, 2, 3, 3), (1, 4, 1, 1)):
+            # The result's own rounding, and more of a term of it in fp32: PyTorch's own may be none, by chance. Of the KL this is
+            # var = std^2, twice the ulp by which a GPU's expf may be off.
+            assert relative(x, e) <= factor * relative(p, e) + half_ulp(x.dtype) + more * half_ulp(torch.float32)
         assert (ours[3].view(-1)[:3] != 0).tolist() == [False, False, True]                  # no gradient from outside
 
 
