@@ -40,8 +40,8 @@ from torchvision.models.inception import BasicConv2d, inception_v3
 from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
 from tqdm import tqdm
 
-from sae import SAE, Posterior, load_safetensors, load_tensors, save_safetensors, torch_load
-from train import LPIPS, ImageFolder, center_crop, load_image, psnr, save_grid, to_float, to_uint8, write
+from sae import SAE, Posterior, load_safetensors, load_tensors, save_safetensors, torch_load, write
+from train import LPIPS, Help, ImageFolder, center_crop, load_image, psnr, save_grid, to_float, to_uint8
 
 
 # ------------------------------------------------------------------ ranks, images, files
@@ -167,7 +167,8 @@ class Autoencoder:
     def features(self, x):
         """What the probe sees, [B,D], and {kind: its columns}. `mu` is the latent averaged over the positions."""
         if not isinstance(self.model, SAE):
-            mu = self.latent(x)[0].flatten(2).mean(2)                                    # [B,C]
+            q = self.encode(x)
+            mu = (q.mode() if isinstance(q, Posterior) else q).flatten(2).mean(2)        # [B,C]; the mean also under --sample
             return mu, {"mu": slice(0, mu.shape[1])}
         cls, _, patches = self.model.encoder(x)
         D, (h, w) = cls.shape[1], (side // self.model.encoder.patch for side in x.shape[2:])
@@ -327,7 +328,7 @@ class Moments:
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
-    """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^1/2) of two Gaussians, numpy float64, any rank (Heusel et al. 2017)."""
+    """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^1/2) of two Gaussians (Heusel et al. 2017): numpy float64, also singular ones."""
     def factor(cov):                                                                     # A [D,rank] with A A^T = cov
         lower, order, r, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)                    # pivoted Cholesky: also without full rank
         a = np.empty_like(lower[:, :r])
@@ -351,9 +352,9 @@ NEIGHBOURS = (10, 20)                           # k of k-NN
 
 
 class Heads(nn.Module):
-    """Linear classifiers for each of K kinds of feature: features [B,D] -> logits [B,K,2 R,classes], R learning rates twice.
+    """Linear classifiers for each of K kinds of feature, 2 R of each for R learning rates: features [B,D] -> logits [B,K,2 R,classes].
 
-    The first R choose the rate: they are not trained on the images held out, every HOLD-th. The others are, and are the result.
+    The first R choose the rate: they are not trained on the images held out, every HOLD-th. The others are, and give the result.
     """
 
     def __init__(self, kinds, classes):
@@ -370,7 +371,7 @@ class Heads(nn.Module):
 
 
 def cross_entropy(logits, labels):
-    """Of logits [B,K,ways,classes] for labels [B]: [B,K,ways]."""
+    """Of each image and head: logits [B,K,ways,classes], labels [B] -> [B,K,ways]."""
     labels = labels[:, None, None].expand(logits.shape[:3])
     return F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
 
@@ -413,7 +414,7 @@ def train_heads(heads, stream, batch, iterations, state=None):
         optimizer.step()
         schedule.step()
         if state and i % SAVE_EVERY == 0 and i < iterations and rank() == 0:
-            write(state, lambda part: torch.save({"iteration": i} | {name: p.state_dict() for name, p in parts.items()}, part))
+            write(state, lambda file: torch.save({"iteration": i} | {name: p.state_dict() for name, p in parts.items()}, file))
 
 
 @torch.no_grad()
@@ -457,21 +458,20 @@ def neighbours(bank, labels, kinds, classes):
 def feature_file(model, crops, embed, args, folder):
     """The features of all crops, a memory-mapped fp16 array [n,D].
 
-    The file's name holds a hash of weights, images (path, size, time) and crop: it is reused when all agree, and an interrupted
+    The file's name holds a hash of weights, kind of device, images (path, size, time) and crop: it is reused when all agree, and an interrupted
     pass goes on where it stopped. Under torchrun every rank writes its own rows, so all must see the same folder.
     """
     files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in crops.files]
-    path = folder / f"features-{digest(model.digest, crops.size, files)}.npy"
+    path = folder / f"features-{digest(model.digest, model.device.type, crops.size, files)}.npy"        # bf16 on a GPU, see `embed`
     part = path.with_suffix(".tmp")
     if rank() == 0 and model.digest is None:    # weights that cannot be seen may have changed
         path.unlink(missing_ok=True)
         part.unlink(missing_ok=True)
 
-    def zeros(new):
-        np.lib.format.open_memmap(new, mode="w+", dtype=np.float16, shape=(len(files), model.width)).flush()
+    def zeros(file):
+        np.lib.format.open_memmap(file.name, mode="w+", dtype=np.float16, shape=(len(files), model.width)).flush()
         if hasattr(os, "posix_fallocate"):      # a disk too small is an error here, and a crash while the map is written
-            with open(new, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
+            os.posix_fallocate(file.fileno(), 0, os.stat(file.name).st_size)
     if rank() == 0 and not path.exists() and not part.exists():
         write(part, zeros)
     barrier()
@@ -661,7 +661,10 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """A DiT of patch 1 without classes: z_t [B,N,n], t [B] in [0,1] -> [B,N,n]. Its output has rank d, whatever n is."""
+    """A DiT of patch 1 without classes: z_t [B,N,n], t [B] in [0,1] -> [B,N,n].
+
+    The last layer maps d to n, so the output lies in a space of d dimensions: hence the floor (n - d) / n of the loss on noise.
+    """
 
     def __init__(self, N, n, d, depth):
         super().__init__()
@@ -689,7 +692,7 @@ STATE = "state.tmp"                             # of an unfinished run
 def velocity(dit, z_t, t, target):
     """The velocity that the DiT predicts at z_t [B,N,n], t [B], itself or by way of the image (`x`: v = (z_t - x) / t)."""
     out = dit(z_t, t)
-    return out if target == "v" else (z_t - out) / t.clamp(min=0.05)[:, None, None]      # 0.05: JiT's bound
+    return out if target == "v" else (z_t - out) / t.clamp(min=0.05)[:, None, None]      # 0.05 as in JiT: at t 0 it would divide by 0
 
 
 def overfit(model, path, args, folder):
@@ -726,7 +729,7 @@ def overfit(model, path, args, folder):
             records, start = saved["records"], saved["records"][-1]["step"]
             dit.load_state_dict(saved["dit"])
             optimizer.load_state_dict(saved["optimizer"])
-        print(f"{folder}: " + (f"goes on at step {start}" if records else "starts again, for another model, image or options"))
+        print(f"{folder}: " + (f"goes on at step {start}" if records else "starts again: model, image or options differ"))
 
     def decode(tokens):
         return model.decode((tokens * std + mean).transpose(1, 2).unflatten(2, shape[1:]))               # [B,N,n] -> [B,3,S,S]
@@ -747,9 +750,9 @@ def overfit(model, path, args, folder):
                         "latent_loss_at": dict(zip(map(str, TIMES), losses.tolist()))})
         # the image, its reconstruction, what the DiT makes of it from each time, and of pure noise
         save_grid(folder / f"{step:06}.png", torch.cat([x, clean, images, sample]))
-        write(folder / "metrics.jsonl", lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in records)))
+        write(folder / "metrics.jsonl", lambda file: file.writelines(f"{json.dumps(r)}\n".encode() for r in records))
         parts = {"key": key, "records": records, "dit": dit.state_dict(), "optimizer": optimizer.state_dict()}
-        write(state, lambda part: torch.save(parts, part))
+        write(state, lambda file: torch.save(parts, file))
 
     if not records:
         report(0)
@@ -793,8 +796,8 @@ def overfit_all(args, device):
             axis.semilogy([p["step"] for p in r["records"]], [p[key] for p in r["records"]], label=label)
         axis.set(xlabel="step", ylabel=key)
         axis.legend()
-    write(folder / "curve.png", lambda part: figure.savefig(part, format="png"))
-    write(folder / "overfit.json", lambda part: part.write_text(json.dumps({"runs": runs, "ranking": ranking}, indent=1) + "\n"))
+    write(folder / "curve.png", lambda file: figure.savefig(file, format="png"))
+    write(folder / "overfit.json", lambda file: file.write(f"{json.dumps({'runs': runs, 'ranking': ranking}, indent=1)}\n".encode()))
     for state in folder.glob(f"*/{STATE}"):
         state.unlink()
 
@@ -869,28 +872,28 @@ def decode_file(model, args):
             for j, image in zip(part, to_uint8(model.decode(z[part].float().to(model.device)))):
                 targets[j].parent.mkdir(parents=True, exist_ok=True)
                 png = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-                write(targets[j], lambda part: png.save(part, format="png"))
+                write(targets[j], lambda file: png.save(file, format="png"))
 
 
 # ------------------------------------------------------------------ the command
 
 def parse(argv):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     p.add_argument("models", nargs="+", metavar="MODEL", help="ckpt.pt, diffusers:NAME_OR_FOLDER or FILE.py:FACTORY")
     p.add_argument("--data", default="data/imagenet/val", metavar="DIR", help="the images to score (class folders for the probe)")
     p.add_argument("--train", default="data/imagenet/train", metavar="DIR", help="the probe's training images")
     p.add_argument("--split", choices=["parity"],
                    help="score the images at odd positions in each class of --data, and train the probe on the even ones")
-    p.add_argument("--size", type=int, default=256, help="of the centre crop (default 256)")
+    p.add_argument("--size", type=int, default=256, help="of the centre crop")
     p.add_argument("--sample", action="store_true", help="draw z from the posterior; default is its mean")
     p.add_argument("--skip", default="", metavar="A,B", help="leave out some of fid, lpips, probe")
-    p.add_argument("--fid-dims", type=int, default=2048, choices=[64, 192, 768, 2048])
+    p.add_argument("--fid-dims", type=int, default=2048, choices=[64, 192, 768, 2048], help="Inception's features")
     p.add_argument("--fid-resize", default="tf1", choices=["tf1", "torch"], help="torch: pytorch-fid's")
-    p.add_argument("--inception", default="weights/pt_inception-2015-12-05-6726825d.pth", metavar="FILE")
-    p.add_argument("--lpips-net", default="vgg", choices=["vgg", "alex", "squeeze"])
+    p.add_argument("--inception", default="weights/pt_inception-2015-12-05-6726825d.pth", metavar="FILE", help="its weights")
+    p.add_argument("--lpips-net", default="vgg", choices=["vgg", "alex", "squeeze"], help="LPIPS' trunk")
     p.add_argument("--lpips-weights", default="weights/vgg16-397923af.pth", metavar="FILE", help="torchvision's file of that net")
-    p.add_argument("--probe", default="full", choices=["full", "cached", "knn"])
-    p.add_argument("--probe-iterations", type=int, default=12500)
+    p.add_argument("--probe", default="full", choices=["full", "cached", "knn"], help="linear on random crops, linear on centre crops, k-NN")
+    p.add_argument("--probe-iterations", type=int, default=12500, help="of the linear ones")
     p.add_argument("--batch", type=int, default=32, help="images at a time on each device")
     p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that decode images, for each device")
     p.add_argument("--out", type=Path, metavar="PATH", help="JSON file (default beside the checkpoint)")
@@ -901,16 +904,15 @@ def parse(argv):
     p.add_argument("--overfit", nargs="+", metavar="IMAGE", help="train a DiT on each latent; --out is a folder (runs/overfit)")
     p.add_argument("--target", default="v", choices=["v", "x"], help="what the DiT predicts; the loss is of v either way")
     for name, default in (("width", 384), ("depth", 12), ("steps", 1200), ("batch", 32), ("lr", 2e-4)):
-        p.add_argument(f"--dit-{name}", type=type(default), default=default, help=f"default {default}")
+        p.add_argument(f"--dit-{name}", type=type(default), default=default, help="of --overfit")
     args = p.parse_args(argv)
     args.skip = set(filter(None, args.skip.split(",")))
     if args.skip - {"fid", "lpips", "probe"}:
         p.error(f"--skip takes fid, lpips and probe, not {','.join(sorted(args.skip))}")
-    if args.size < 16 or args.workers < 0:
-        p.error("--size must be 16 or more, --workers 0 or more")
-    for name in ("batch", "probe_iterations", "shard", "dit_width", "dit_depth", "dit_steps", "dit_batch"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be 1 or more")
+    counts = ("batch", "probe_iterations", "shard", "dit_width", "dit_depth", "dit_steps", "dit_batch")
+    for name, least in ({"size": 16, "workers": 0} | dict.fromkeys(counts, 1)).items():
+        if getattr(args, name) < least:
+            p.error(f"--{name.replace('_', '-')} must be {least} or more")
     modes = [m for m in ("encode", "decode", "overfit") if getattr(args, m)]
     if len(modes) > 1:
         p.error("give one of --encode, --decode, --overfit")
@@ -919,8 +921,8 @@ def parse(argv):
     if (args.encode or args.decode) and not args.out:
         p.error("--encode needs --out FILE.safetensors, --decode needs --out DIR")
     folder_wanted = bool(args.decode or args.overfit)
-    if args.out and (args.out.is_file() if folder_wanted else args.out.is_dir()):
-        raise ValueError(f"--out {args.out} is a {'file' if folder_wanted else 'folder'}: name a {'folder' if folder_wanted else 'file'}")
+    if args.out and args.out.exists() and not (args.out.is_dir() if folder_wanted else args.out.is_file()):      # a device is neither
+        raise ValueError(f"--out {args.out} is no {'folder' if folder_wanted else 'file'}: name another")
     for spec in args.models:
         file = spec.rpartition(":")[0] if ".py:" in spec else spec
         if file.endswith(".py") and file == spec:
@@ -954,9 +956,6 @@ def score_all(args, device):
         train = ImageFolder(args.data, split="even") if args.split else ImageFolder(args.train, option="--train, or --skip probe")
         check_probe(train, test, args)
     if "lpips" not in args.skip:
-        if not Path(args.lpips_weights).is_file():
-            raise ValueError(f"there is no LPIPS trunk {args.lpips_weights}: ./weights.sh --only vgg16 fetches it, "
-                             "--skip lpips goes without")
         lpips = LPIPS(args.lpips_net, args.lpips_weights).to(device)
     if "fid" not in args.skip:
         inception = FIDInception(args.inception, args.fid_dims, args.fid_resize).to(device)
@@ -970,7 +969,7 @@ def score_all(args, device):
 
         def write_result(more):
             if rank() == 0:
-                write(out, lambda part: part.write_text(json.dumps(result | more, indent=1) + "\n"))
+                write(out, lambda file: file.write(f"{json.dumps(result | more, indent=1)}\n".encode()))
         if rank() == 0:
             write_grid(model, test, args.size, out.with_suffix(".png"))
         if train:
@@ -989,6 +988,7 @@ def protocol(model, args):
     """What the numbers mean: printed under the table and kept in the JSON."""
     z = "drawn from the posterior" if args.sample else "the posterior's mean, where there is a posterior"
     heads = f"{args.probe_iterations} iterations, the learning rate chosen on a third of the training images"
+    features = f"{'bf16' if model.device.type == 'cuda' else 'fp32'} encoder"
     lines = {
         "images": f"{args.data}{', odd positions of each class' if args.split else ''}: ADM centre crop {args.size}, "
                   "both sides rounded to uint8",
@@ -997,8 +997,9 @@ def protocol(model, args):
         "ssim": "11 taps, sigma 1.5, per channel, reflect padding, full map",
         "lpips": f"{args.lpips_net}, version 0.1",
         "fid": f"{args.fid_dims} features of {Path(args.inception).name}, {args.fid_resize} resize to 299, fp32",
-        "probe": {"knn": "k-NN, k 10, T 0.07, on centre crops", "cached": f"linear, on centre crops, {heads}",
-                  "full": f"linear, on random crops, {heads}"}[args.probe],
+        "probe": {"knn": f"k-NN, k 10, T 0.07, on centre crops, {features}, kept in fp16",
+                  "cached": f"linear, on centre crops, {heads}, {features}, kept in fp16",
+                  "full": f"linear, on random crops, {heads}, {features}"}[args.probe],
         "versions": f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"}
     return {key: line for key, line in lines.items() if key not in args.skip}
 

@@ -7,7 +7,7 @@
     z = sae.encode(x).mode()                                  # or .sample(seed)
     xhat = sae.decode(z)
 
-Images are in [-1, 1] at every boundary of this file.
+Images are in [-1, 1] at every boundary of this file. "Reading:" marks a choice of ours where the paper is silent.
 Letters: B batch, N tokens, D width, H and W pixels (or H heads, next to N), h and w the grid of patches or latents.
 """
 import json
@@ -35,37 +35,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 # ------------------------------------------------------------------ ops
 # Each op has one public function and a readable reference beside it. csrc/ holds the same ops in C++ and CUDA for float32, bfloat16
 # and float16; whatever it does not serve (float64, heads that are not 64 wide, other devices) takes the reference.
-
-def load_csrc(so, sources):
-    """Load the extension `so`: None, or the sentence that says why it is not used. `sources` is the folder that it was built from."""
-    if not so.exists():
-        return f"{so.name} is not beside sae.py"
-    try:
-        torch.ops.load_library(so)
-    except OSError as error:
-        return f"{so.name} does not load ({error})"
-    crc = 0
-    for path in sorted(sources.iterdir()) if sources.is_dir() else ():
-        crc = zlib.crc32(path.name.encode() + b"\0" + path.read_bytes(), crc)
-    if crc not in (0, torch.ops.sae.source_crc()):
-        return f"{so.name} is older than csrc/"
-    if torch.cuda.is_available() and not torch.ops.sae.has_cuda():
-        return f"{so.name} was built without CUDA"
-    return None
-
-
-HERE = Path(__file__).resolve().parent
-NO_CSRC = load_csrc(HERE / "sae_csrc.so", HERE / "csrc")
-if NO_CSRC and os.environ.get("LOCAL_RANK", "0") == "0":
-    print(f"sae: {NO_CSRC}: the slower reference ops serve; `pip install --no-build-isolation -e .` builds it", file=sys.stderr)
-
-
-def in_csrc(x):
-    # Not in forward-mode AD: the ops have no derivative for it, and PyTorch would take it for 0.
-    if NO_CSRC or forward_ad._current_level >= 0 or x.device.type not in ("cpu", "cuda"):
-        return False
-    return x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-
 
 def wide(x):
     """x in fp32, or as it is when it is wider."""
@@ -134,7 +103,7 @@ def philox_normal(n, seed, offset=0, device=None):
     c = [block & mask, block >> 32, torch.zeros_like(block), torch.zeros_like(block)]
     k0, k1 = seed & mask, seed >> 32 & mask
 
-    def mul(m, x):                                                                       # 32 x 32 -> (high, low) 32 bits
+    def mul(m, x):              # (high, low) 32 bits of m x, by halves of x: m x itself does not fit in int64
         return (m * (x >> 16) + (m * (x & 0xFFFF) >> 16)) >> 16, m * x & mask
 
     for _ in range(10):
@@ -209,8 +178,39 @@ def group_norm_silu(x, weight, bias, groups, eps=1e-6):
 
 
 def group_norm_silu_reference(x, weight, bias, groups, eps=1e-6):
-    y = F.silu(torch.group_norm(wide(x), groups, wide(weight), wide(bias), eps))         # F.group_norm refuses one value a channel
+    y = F.silu(torch.group_norm(wide(x), groups, wide(weight), wide(bias), eps))         # F.group_norm refuses one value a group
     return y.to(x.dtype, memory_format=torch.channels_last)
+
+
+def load_csrc(so, sources):
+    """Load the extension `so`: None, or the sentence that says why it is not used. `sources` is the folder that it was built from."""
+    if not so.exists():
+        return f"{so.name} is not beside sae.py"
+    try:
+        torch.ops.load_library(so)
+    except OSError as error:
+        return f"{so.name} does not load ({error})"
+    crc = 0
+    for path in sorted(sources.iterdir()) if sources.is_dir() else ():
+        crc = zlib.crc32(path.name.encode() + b"\0" + path.read_bytes(), crc)
+    if crc not in (0, torch.ops.sae.source_crc()):
+        return f"{so.name} is older than csrc/"
+    if torch.cuda.is_available() and not torch.ops.sae.has_cuda():
+        return f"{so.name} was built without CUDA"
+    return None
+
+
+HERE = Path(__file__).resolve().parent
+NO_CSRC = load_csrc(HERE / "sae_csrc.so", HERE / "csrc")
+if NO_CSRC and os.environ.get("LOCAL_RANK", "0") == "0":
+    print(f"sae: {NO_CSRC}: the slower reference ops serve; `pip install --no-build-isolation -e .` builds it", file=sys.stderr)
+
+
+def in_csrc(x):
+    # Not in forward-mode AD: the ops have no derivative for it, and PyTorch would take it for 0.
+    if NO_CSRC or forward_ad._current_level >= 0 or x.device.type not in ("cpu", "cuda"):
+        return False
+    return x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def register_csrc():
@@ -260,8 +260,363 @@ if NO_CSRC is None:
     register_csrc()
 
 
-# ------------------------------------------------------------------ safetensors
-# A file: the header's length (8 bytes, little-endian), the header (JSON: name -> dtype, shape, data_offsets), the data, no gaps.
+# ------------------------------------------------------------------ DINOv3
+
+@dataclass
+class DINOv3Config:
+    """The architecture of one DINOv3 ViT; the defaults are H/16+. `from_pretrained` reads it off the tensors, all but head_dim."""
+    width: int = 1280
+    depth: int = 32
+    head_dim: int = 64          # 128 for 7B, which is known by its width
+    hidden: int = 5120          # of the MLP
+    gated: bool = True          # SwiGLU (S+, L+, H+, 7B) or GELU (S, B, L)
+    qkv_bias: bool = True       # on Q and V; K never has one
+    registers: int = 4
+
+
+def check_images(x, multiple):
+    """ValueError unless x is [B,3,H,W] of a floating dtype, with H and W multiples of `multiple`."""
+    if x.dim() != 4 or x.shape[1] != 3 or not x.is_floating_point():
+        raise ValueError(f"images are [B,3,H,W] in [-1,1] of a floating dtype, not {list(x.shape)} {x.dtype}: 8 bits become x / 127.5 - 1")
+    H, W = x.shape[2:]
+    if H % multiple or W % multiple or not H * W:
+        raise ValueError(f"images must have sides that are multiples of {multiple}, not {H}x{W}: crop or resize them")
+
+
+class MLP(nn.Module):
+    """GELU MLP, or SwiGLU: down(silu(gate(x)) up(x))."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.gate = nn.Linear(cfg.width, cfg.hidden) if cfg.gated else None
+        self.up = nn.Linear(cfg.width, cfg.hidden)
+        self.down = nn.Linear(cfg.hidden, cfg.width)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x) if self.gate else F.gelu(self.up(x)))
+
+
+class QKV(nn.Linear):
+    """The packed projection of Q, K and V; its bias comes with x, since K has none."""
+
+    def forward(self, x, bias):
+        return F.linear(x, self.weight, bias)
+
+
+class Block(nn.Module):
+    """x + ls1 attn(norm1(x)), then x + ls2 mlp(norm2(x)); ls is LayerScale, a learned factor per channel."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        D = cfg.width
+        self.head_dim, self.prefix = cfg.head_dim, 1 + cfg.registers
+        self.norm1, self.norm2 = nn.LayerNorm(D, eps=1e-5), nn.LayerNorm(D, eps=1e-5)
+        self.qkv, self.proj, self.mlp = QKV(D, 3 * D, bias=False), nn.Linear(D, D), MLP(cfg)
+        self.q_bias = nn.Parameter(torch.zeros(D)) if cfg.qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(D)) if cfg.qkv_bias else None
+        self.ls1, self.ls2 = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
+
+    def forward(self, x, rope):
+        # DINOv3 has no K bias. Softmax would cancel one, were there no RoPE; as it is, K's part of the packed bias is zeros.
+        bias = None if self.q_bias is None else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = self.qkv(self.norm1(x), bias).unflatten(-1, (3, -1, self.head_dim))        # [B,N,3,H,d]
+        x = x + self.ls1 * self.proj(attention(qkv, rope, self.prefix))
+        return x + self.ls2 * self.mlp(self.norm2(x))
+
+
+class DINOv3(nn.Module):
+    """DINOv3 ViT (Simeoni et al. 2025): `cls, registers, patches = encoder(x)`.
+
+    x [B,3,H,W] in [-1,1], H and W multiples of 16 -> final-norm tokens [B,D], [B,R,D], [B,h w,D], row by row.
+    The positions are those of the patch centres, always: DINOv3's own training jitters and rescales them,
+    but a student and a teacher that see different positions cannot agree, so there is no code for it here.
+    """
+    patch = 16
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, self.checkpointing = cfg, False        # checkpointing: recompute each block in the backward pass
+        D = cfg.width
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.registers = nn.Parameter(torch.zeros(1, cfg.registers, D))
+        self.patch_embed = nn.Conv2d(3, D, self.patch, self.patch)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        self.norm = nn.LayerNorm(D, eps=1e-5)
+        # ImageNet mean and std, moved from [0,1] to [-1,1]. Named device: from_pretrained builds the rest on "meta".
+        mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32, device="cpu").view(3, 1, 1) * 2 - 1, persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32, device="cpu").view(3, 1, 1) * 2, persistent=False)
+        for p in self.parameters():
+            if p.dim() > 1:
+                nn.init.trunc_normal_(p, std=0.02)
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Conv2d)) and m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+    def forward(self, x):
+        check_images(x, self.patch)
+        B, _, H, W = x.shape
+        x = ((x - self.mean) / self.std).to(self.patch_embed.weight.dtype)
+        patches = self.patch_embed(x).flatten(2).transpose(1, 2)                         # [B,h w,D]
+        x = torch.cat([self.cls_token.expand(B, -1, -1), self.registers.expand(B, -1, -1), patches], 1)  # [B,N,D]
+        rope = rope_tables(H // self.patch, W // self.patch, self.cfg.head_dim, device=x.device)
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope)
+        x = self.norm(x)
+        return x[:, 0], x[:, 1:1 + self.cfg.registers], x[:, 1 + self.cfg.registers:]
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32):
+        """The encoder in a file: safetensors in Hugging Face's or timm's naming, or Meta's .pth; any width and depth.
+
+        Raises ValueError when a tensor is missing, left over, or of a shape that does not fit, and lists the names.
+        A tensor that has `dtype` already is not copied: it stays in the mapped file until it is written to.
+        """
+        cfg, tensors = read_dinov3(load_tensors(path), path, dtype)
+        with torch.device("meta"):
+            model = cls(cfg)
+        expected = {n: p.shape for n, p in model.state_dict().items()}
+        wrong = [f"missing {n}" for n in expected if n not in tensors] + [f"left over {n}" for n in tensors if n not in expected]
+        wrong += [f"{n} is {list(t.shape)}, not {list(expected[n])}" for n, t in tensors.items() if t.shape != expected.get(n, t.shape)]
+        if wrong:
+            raise ValueError(f"{path} is not a DINOv3 ViT of width {cfg.width} and depth {cfg.depth}: {'; '.join(wrong)}")
+        model.load_state_dict(tensors, assign=True)
+        return model.eval()
+
+
+# Hugging Face's, timm's and Meta's names -> ours, applied in turn.
+RENAMES = [(re.compile(a), b) for a, b in [
+    (r"^embeddings\.", ""), (r"^(model\.)?layer\.", "blocks."), (r"\.(attention|attn)\.", "."),
+    (r"^(register_tokens|reg_token|storage_tokens)$", "registers"),
+    (r"^(patch_embeddings|patch_embed\.proj)\.", "patch_embed."),
+    (r"\.o_proj\.", ".proj."), (r"\.([qkv])_proj\.bias$", r".\1_bias"),
+    (r"\.(?:layer_scale([12])\.lambda1|gamma_([12])|ls([12])\.gamma)$", lambda m: f".ls{m[1] or m[2] or m[3]}"),
+    (r"\.mlp\.(gate_proj|fc1_g|w1)\.", ".mlp.gate."), (r"\.mlp\.(up_proj|fc1_x|fc1|w2)\.", ".mlp.up."),
+    (r"\.mlp\.(down_proj|fc2|w3)\.", ".mlp.down."),
+]]
+# Left out: what pre-training alone uses (the mask token, 7B's norm for local crops), and RoPE's periods, which rope_tables computes.
+PRETRAINING_ONLY = re.compile(r"^(mask_token|local_cls_norm\..*|rope_embed\.periods)$")
+
+
+def read_dinov3(tensors, path, dtype):
+    """(config, tensors under our names) of a DINOv3 checkpoint. Packs Q, K and V; folds Meta's bias_mask."""
+    ours = {}
+    for name, t in tensors.items():
+        for pattern, to in RENAMES:
+            name = pattern.sub(to, name)
+        if not PRETRAINING_ONLY.match(name):
+            ours[name] = t
+    depth = len({n.split(".")[1] for n in ours if n.startswith("blocks.")})
+    if not depth or "cls_token" not in ours or "registers" not in ours:
+        raise ValueError(f"{path} holds no DINOv3 ViT: no cls_token, register tokens or blocks among its {len(ours)} tensors")
+    for i in range(depth):
+        b = f"blocks.{i}."
+        parts = [ours.pop(f"{b}{c}_proj.weight") for c in "qkv" if f"{b}{c}_proj.weight" in ours]
+        if parts:
+            ours[b + "qkv.weight"] = torch.cat([p.to(dtype) for p in parts])
+            for p in parts:
+                release(p)
+        if b + "qkv.bias" in ours:
+            # Meta's bias_mask is 0 on the K part, where the bias may hold anything, NaN included.
+            bias = ours.pop(b + "qkv.bias")
+            bias = torch.where(ours.pop(b + "qkv.bias_mask", torch.ones_like(bias)) != 0, bias, torch.zeros_like(bias))
+            ours[b + "q_bias"], k_bias, ours[b + "v_bias"] = bias.chunk(3)
+            ours[b + "k_bias"] = k_bias
+        if b + "k_bias" in ours and not ours[b + "k_bias"].any():
+            del ours[b + "k_bias"]                                     # any other K bias stays, and is refused as left over
+    width = ours["cls_token"].shape[-1]
+    up = ours.get("blocks.0.mlp.up.weight")
+    cfg = DINOv3Config(width, depth, 128 if width == 4096 else 64, 4 * width if up is None else len(up),
+                       "blocks.0.mlp.gate.weight" in ours, "blocks.0.q_bias" in ours, ours["registers"].shape[1])
+    if width % cfg.head_dim:
+        raise ValueError(f"{path} holds no DINOv3 ViT: its width {width} is no multiple of {cfg.head_dim}, the width of a head")
+    for n, t in ours.items():
+        if not t.is_floating_point():
+            raise ValueError(f"{path} holds {n} as {t.dtype}: quantised weights are not read, fetch the original")
+    return cfg, {n: t.to(dtype) for n, t in ours.items()}
+
+
+# ------------------------------------------------------------------ autoencoder
+
+@dataclass
+class SAEConfig:
+    """The architecture of an S-AE; saved in every checkpoint. The defaults are the paper's."""
+    encoder: DINOv3Config = field(default_factory=DINOv3Config)
+    f: int = 16                 # pixels per latent: 16, 32 or 64
+    z_dim: int = 1280           # latent channels; fewer than the encoder's width for small GPUs
+    widths: tuple = (1280, 1024, 512, 256, 128)     # of the decoder, coarse to fine; f 32 and 64 repeat the first
+    blocks: int = 2             # residual blocks per resolution of the decoder
+    attention: bool = True      # in the middle of the decoder, as LDM has; its cost grows with the 4th power of the side
+
+    @classmethod
+    def from_dict(cls, d):
+        return cls(**{**d, "encoder": DINOv3Config(**d["encoder"]), "widths": tuple(d["widths"])})
+
+
+@dataclass
+class Posterior:
+    """q(z|x) = N(mu, exp(logvar)), mu and logvar [B,z_dim,h,w]."""
+    mu: torch.Tensor
+    logvar: torch.Tensor
+
+    def mode(self):
+        """[B,z_dim,h,w]"""
+        return self.mu
+
+    def sample(self, seed, offset=0):
+        """[B,z_dim,h,w]: the same draw for the same (seed, offset) on every device; see `reparameterize`."""
+        return reparameterize(self.mu, self.logvar, seed, offset)[0]
+
+    def kl(self):
+        """KL(q || N(0, I)) in nats, summed over each sample: [B]."""
+        return reparameterize(self.mu, self.logvar, 0)[1]
+
+
+class NormSiLU(nn.GroupNorm):
+    """silu(norm(x)), x [B,channels,h,w]."""
+
+    def __init__(self, channels):
+        super().__init__(math.gcd(32, channels), channels, eps=1e-6)
+
+    def forward(self, x):
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
+
+
+class ResBlock(nn.Module):
+    """skip(x) + conv(silu(norm(conv(silu(norm(x)))))): LDM's residual block."""
+
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.norm1, self.conv1 = NormSiLU(cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = NormSiLU(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(self.norm1(x))
+        return self.skip(x) + self.conv2(self.norm2(h))
+
+
+class AttnBlock(nn.Module):
+    """x + proj(attention(norm(x))), one head over the h w positions."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+        self.qkv, self.proj = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        norm = self.norm
+        y = torch.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)       # nn.GroupNorm refuses one value a group
+        q, k, v = self.qkv(y).flatten(2).transpose(1, 2).chunk(3, -1)                    # 3 x [B,h w,C]
+        y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]     # [B,h w,C]
+        return x + self.proj(y.transpose(1, 2).reshape(x.shape))                         # [B,C,h,w]
+
+
+class Upsample(nn.Module):
+    """Nearest x2, then a 3x3 convolution, as one transposed convolution.
+
+    Row m of the upsampled map is row m // 2 of x, so row o of the output is sum_r w[r] x[(o + r - 1) // 2]. With k[t] the sum of w[2 - t] and
+    w[3 - t] (0 outside of w), this is sum_j k[o - 2j + 1] x[j], a transposed convolution of stride 2; columns likewise. Its 4x4 kernel
+    meets 4 pixels of x for each output, not 9: 2.25 times fewer products, and no map of the larger size is kept for the backward pass.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        # On small maps summing the kernels costs more than it saves: at 512 channels and batch 4 on a CPU, 8x8 took 1.9 times as long,
+        # and 16x16 at 256 channels 0.8. The choice does not look at the batch, so that ranks and batch sizes round alike.
+        if x.shape[2] * x.shape[3] < 256:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        kernel = F.avg_pool2d(self.conv.weight.flip(2, 3), 2, 1, padding=1, divisor_override=1)  # [Cout,Cin,4,4], sums over 2x2
+        y = F.conv_transpose2d(x, kernel.transpose(0, 1).contiguous(), stride=2, padding=1)
+        return y + self.conv.bias.to(y.dtype)[:, None, None]    # apart: inside, on a CPU, its gradient takes longer than the kernel's
+
+
+def downsample(cfg):
+    """log2(f / 16) groups on the patch tokens' map, each a residual block and a 3x3 convolution of stride 2."""
+    D, groups = cfg.encoder.width, int(math.log2(cfg.f // DINOv3.patch))
+    return nn.Sequential(*[m for _ in range(groups) for m in (ResBlock(D, D), nn.Conv2d(D, D, 3, stride=2, padding=1))])
+
+
+def decoder(cfg):
+    """z [B,z_dim,h,w] -> xhat [B,3,f h,f w]: conv, middle, `blocks` residual blocks a resolution with upsampling between, conv."""
+    widths = (cfg.widths[0],) * (int(math.log2(cfg.f)) + 1 - len(cfg.widths)) + tuple(cfg.widths)
+    c = widths[0]
+    layers = [nn.Conv2d(cfg.z_dim, c, 3, padding=1), ResBlock(c, c), *([AttnBlock(c)] if cfg.attention else []), ResBlock(c, c)]
+    for i, width in enumerate(widths):
+        if i:
+            layers.append(Upsample(c))
+        for _ in range(cfg.blocks):
+            layers.append(ResBlock(c, width))
+            c = width
+    # nn.Identity stands where a SiLU stood once: the names of the parameters after it stay those of older checkpoints.
+    return nn.Sequential(*layers, NormSiLU(c), nn.Identity(), nn.Conv2d(c, 3, 3, padding=1))
+
+
+CHECKPOINT_VERSION = 1
+
+
+class SAE(nn.Module):
+    """The Semantic Auto-encoder.
+
+    encode: x [B,3,H,W] in [-1,1], H and W multiples of f -> Posterior of z [B,z_dim,H/f,W/f].
+    decode: z -> xhat [B,3,H,W], about [-1,1], not clamped.
+    latent_mean, latent_std [z_dim]: of z over the training images, filled in at the end of training;
+    a diffusion model is trained on (z - latent_mean) / latent_std.
+    """
+
+    def __init__(self, cfg, encoder=None):
+        super().__init__()
+        if cfg.f not in (16, 32, 64) or len(cfg.widths) > int(math.log2(cfg.f)) + 1:
+            raise ValueError(f"f must be 16, 32 or 64 with at most log2(f) + 1 decoder widths, not f {cfg.f} with widths {cfg.widths}")
+        self.config = cfg
+        self.encoder = encoder or DINOv3(cfg.encoder)
+        self.down = downsample(cfg)
+        self.to_latent = nn.Conv2d(cfg.encoder.width, 2 * cfg.z_dim, 1)
+        # Reading: the paper names no initialisation. At PyTorch's, logvar is about 0 and the noise as strong as mu;
+        # from a standard deviation of exp(-3) the decoder sees the image from the first step on.
+        nn.init.zeros_(self.to_latent.weight[cfg.z_dim:])
+        nn.init.constant_(self.to_latent.bias[cfg.z_dim:], -6.0)
+        self.decoder = decoder(cfg)
+        self.register_buffer("latent_mean", torch.zeros(cfg.z_dim))
+        self.register_buffer("latent_std", torch.ones(cfg.z_dim))
+
+    def posterior(self, patches, h, w):
+        """Patch tokens [B,h w,D] -> Posterior [B,z_dim,16 h/f,16 w/f]."""
+        x = patches.transpose(1, 2).unflatten(2, (h, w))                                 # [B,D,h,w]
+        return Posterior(*self.to_latent(self.down(x)).chunk(2, 1))
+
+    def encode(self, x):
+        check_images(x, self.config.f)
+        return self.posterior(self.encoder(x)[2], x.shape[2] // DINOv3.patch, x.shape[3] // DINOv3.patch)
+
+    def decode(self, z):
+        return self.decoder(z)
+
+    def forward(self, x, seed, offset=0):
+        """One training pass: xhat [B,3,H,W], kl [B], the student's patch tokens [B,N,D]."""
+        patches = self.encoder(x)[2]
+        q = self.posterior(patches, x.shape[2] // DINOv3.patch, x.shape[3] // DINOv3.patch)
+        z, kl = reparameterize(q.mu, q.logvar, seed, offset)
+        return self.decode(z), kl, patches
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """The EMA weights of a checkpoint of train.py, fp32, in eval mode, frozen."""
+        ckpt = load_checkpoint(path)
+        with torch.device("meta"):
+            sae = cls(SAEConfig.from_dict(ckpt["config"]))
+        sae.load_state_dict(ckpt["ema"], assign=True)
+        return sae.eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------ files of weights
+# A safetensors file: the header's length (8 bytes, little-endian), the header (JSON: name -> dtype, shape, data_offsets), the data, no gaps.
 
 SAFETENSORS_DTYPES = {              # in the order in which the library lays tensors out: widest first, so that all are aligned
     "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64, "F32": torch.float32,
@@ -396,6 +751,21 @@ def _safetensors_entries(file):
     return entries
 
 
+def write(path, save):
+    """save(file) to a temporary file, flushed to the disk and renamed: `path` appears whole or not at all. An OSError names it."""
+    part = Path(f"{path}.tmp")
+    try:
+        with open(part, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error       # a full disk's error names no file
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def save_safetensors(tensors, path, metadata=None):
     """Write {name: tensor}, of any device and stride, and a metadata of {str: str}. The file appears whole or not at all.
 
@@ -419,375 +789,12 @@ def save_safetensors(tensors, path, metadata=None):
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)                                                      # the data begins at a multiple of 8
     _demand(len(text) <= MAX_HEADER, f"{path}: a header of {len(text)} bytes is over the limit of {MAX_HEADER}")
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for _, t in tensors:
-                file.write(t.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error       # a full disk's error names no file
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
-
-# ------------------------------------------------------------------ DINOv3
-
-@dataclass
-class DINOv3Config:
-    """The architecture of one DINOv3 ViT; the defaults are H/16+. `from_pretrained` reads it off the tensors, all but head_dim."""
-    width: int = 1280
-    depth: int = 32
-    head_dim: int = 64          # 128 for 7B, which is known by its width
-    hidden: int = 5120          # of the MLP
-    gated: bool = True          # SwiGLU (S+, L+, H+, 7B) or GELU (S, B, L)
-    qkv_bias: bool = True       # on Q and V; K never has one
-    registers: int = 4
-
-
-def check_images(x, multiple):
-    """ValueError unless x is [B,3,H,W] of a floating dtype, with H and W multiples of `multiple`."""
-    if x.dim() != 4 or x.shape[1] != 3 or not x.is_floating_point():
-        raise ValueError(f"images are [B,3,H,W] in [-1,1] of a floating dtype, not {list(x.shape)} {x.dtype}: 8 bits become x / 127.5 - 1")
-    H, W = x.shape[2:]
-    if H % multiple or W % multiple or not H * W:
-        raise ValueError(f"images must have sides that are multiples of {multiple}, not {H}x{W}: crop or resize them")
-
-
-class MLP(nn.Module):
-    """GELU MLP, or SwiGLU: down(silu(gate(x)) up(x))."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.gate = nn.Linear(cfg.width, cfg.hidden) if cfg.gated else None
-        self.up = nn.Linear(cfg.width, cfg.hidden)
-        self.down = nn.Linear(cfg.hidden, cfg.width)
-
-    def forward(self, x):
-        return self.down(F.silu(self.gate(x)) * self.up(x) if self.gate else F.gelu(self.up(x)))
-
-
-class QKV(nn.Linear):
-    """The packed projection of Q, K and V; its bias comes with x, since K has none."""
-
-    def forward(self, x, bias):
-        return F.linear(x, self.weight, bias)
-
-
-class Block(nn.Module):
-    """x + ls1 attn(norm1(x)), then x + ls2 mlp(norm2(x)); ls is LayerScale, a learned factor per channel."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        D = cfg.width
-        self.head_dim, self.prefix = cfg.head_dim, 1 + cfg.registers
-        self.norm1, self.norm2 = nn.LayerNorm(D, eps=1e-5), nn.LayerNorm(D, eps=1e-5)
-        self.qkv, self.proj, self.mlp = QKV(D, 3 * D, bias=False), nn.Linear(D, D), MLP(cfg)
-        self.q_bias = nn.Parameter(torch.zeros(D)) if cfg.qkv_bias else None
-        self.v_bias = nn.Parameter(torch.zeros(D)) if cfg.qkv_bias else None
-        self.ls1, self.ls2 = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
-
-    def forward(self, x, rope):
-        # A K bias would not be invisible as it is without RoPE, so its part of the packed bias is a true zero.
-        bias = None if self.q_bias is None else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = self.qkv(self.norm1(x), bias).unflatten(-1, (3, -1, self.head_dim))        # [B,N,3,H,d]
-        x = x + self.ls1 * self.proj(attention(qkv, rope, self.prefix))
-        return x + self.ls2 * self.mlp(self.norm2(x))
-
-
-class DINOv3(nn.Module):
-    """DINOv3 ViT (Simeoni et al. 2025): `cls, registers, patches = encoder(x)`.
-
-    x [B,3,H,W] in [-1,1], H and W multiples of 16 -> final-norm tokens [B,D], [B,R,D], [B,h w,D], row by row.
-    The positions are those of the patch centres, always: DINOv3's own training jitters and rescales them,
-    but a student and a teacher that see different positions cannot agree, so there is no code for it here.
-    """
-    patch = 16
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.cfg, self.checkpointing = cfg, False        # checkpointing: recompute each block in the backward pass
-        D = cfg.width
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.registers = nn.Parameter(torch.zeros(1, cfg.registers, D))
-        self.patch_embed = nn.Conv2d(3, D, self.patch, self.patch)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
-        self.norm = nn.LayerNorm(D, eps=1e-5)
-        # ImageNet mean and std, moved from [0,1] to [-1,1]. Named device: from_pretrained builds the rest on "meta".
-        mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32, device="cpu").view(3, 1, 1) * 2 - 1, persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32, device="cpu").view(3, 1, 1) * 2, persistent=False)
-        for p in self.parameters():
-            if p.dim() > 1:
-                nn.init.trunc_normal_(p, std=0.02)
-        for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Conv2d)) and m.bias is not None:
-                nn.init.zeros_(m.bias)
-
-    def forward(self, x):
-        check_images(x, self.patch)
-        B, _, H, W = x.shape
-        x = ((x - self.mean) / self.std).to(self.patch_embed.weight.dtype)
-        patches = self.patch_embed(x).flatten(2).transpose(1, 2)                         # [B,h w,D]
-        x = torch.cat([self.cls_token.expand(B, -1, -1), self.registers.expand(B, -1, -1), patches], 1)  # [B,N,D]
-        rope = rope_tables(H // self.patch, W // self.patch, self.cfg.head_dim, device=x.device)
-        for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, use_reentrant=False)
-            else:
-                x = block(x, rope)
-        x = self.norm(x)
-        return x[:, 0], x[:, 1:1 + self.cfg.registers], x[:, 1 + self.cfg.registers:]
-
-    @classmethod
-    def from_pretrained(cls, path, dtype=torch.float32):
-        """The encoder in a file: safetensors in Hugging Face's or timm's naming, or Meta's .pth; any width and depth.
-
-        Raises ValueError when a tensor is missing, left over, or of a shape that does not fit, and lists the names.
-        A tensor that has `dtype` already is not copied: it stays in the mapped file until it is written to.
-        """
-        cfg, tensors = read_dinov3(load_tensors(path), path, dtype)
-        with torch.device("meta"):
-            model = cls(cfg)
-        expected = {n: p.shape for n, p in model.state_dict().items()}
-        wrong = [f"missing {n}" for n in expected if n not in tensors] + [f"left over {n}" for n in tensors if n not in expected]
-        wrong += [f"{n} is {list(t.shape)}, not {list(expected[n])}" for n, t in tensors.items() if t.shape != expected.get(n, t.shape)]
-        if wrong:
-            raise ValueError(f"{path} is not a DINOv3 ViT of width {cfg.width} and depth {cfg.depth}: {'; '.join(wrong)}")
-        model.load_state_dict(tensors, assign=True)
-        return model.eval()
-
-
-# Hugging Face's, timm's and Meta's names -> ours, applied in turn.
-RENAMES = [(re.compile(a), b) for a, b in [
-    (r"^embeddings\.", ""), (r"^(model\.)?layer\.", "blocks."), (r"\.(attention|attn)\.", "."),
-    (r"^(register_tokens|reg_token|storage_tokens)$", "registers"),
-    (r"^(patch_embeddings|patch_embed\.proj)\.", "patch_embed."),
-    (r"\.o_proj\.", ".proj."), (r"\.([qkv])_proj\.bias$", r".\1_bias"),
-    (r"\.(?:layer_scale([12])\.lambda1|gamma_([12])|ls([12])\.gamma)$", lambda m: f".ls{m[1] or m[2] or m[3]}"),
-    (r"\.mlp\.(gate_proj|fc1_g|w1)\.", ".mlp.gate."), (r"\.mlp\.(up_proj|fc1_x|fc1|w2)\.", ".mlp.up."),
-    (r"\.mlp\.(down_proj|fc2|w3)\.", ".mlp.down."),
-]]
-# Of the pre-training alone: masked patches; 7B's norm for local crops; RoPE's periods are computed, see rope_tables.
-PRETRAINING_ONLY = re.compile(r"^(mask_token|local_cls_norm\..*|rope_embed\.periods)$")
-
-
-def read_dinov3(tensors, path, dtype):
-    """(config, tensors under our names) of a DINOv3 checkpoint. Packs Q, K and V; folds Meta's bias_mask."""
-    ours = {}
-    for name, t in tensors.items():
-        for pattern, to in RENAMES:
-            name = pattern.sub(to, name)
-        if not PRETRAINING_ONLY.match(name):
-            ours[name] = t
-    depth = len({n.split(".")[1] for n in ours if n.startswith("blocks.")})
-    if not depth or "cls_token" not in ours or "registers" not in ours:
-        raise ValueError(f"{path} holds no DINOv3 ViT: no cls_token, register tokens or blocks among its {len(ours)} tensors")
-    for i in range(depth):
-        b = f"blocks.{i}."
-        parts = [ours.pop(f"{b}{c}_proj.weight") for c in "qkv" if f"{b}{c}_proj.weight" in ours]
-        if parts:
-            ours[b + "qkv.weight"] = torch.cat([p.to(dtype) for p in parts])
-            for p in parts:
-                release(p)
-        if b + "qkv.bias" in ours:
-            # Meta's bias_mask is 0 on the K part, where the bias may hold anything, NaN included.
-            bias = ours.pop(b + "qkv.bias")
-            bias = torch.where(ours.pop(b + "qkv.bias_mask", torch.ones_like(bias)) != 0, bias, torch.zeros_like(bias))
-            ours[b + "q_bias"], k_bias, ours[b + "v_bias"] = bias.chunk(3)
-            ours[b + "k_bias"] = k_bias
-        if b + "k_bias" in ours and not ours[b + "k_bias"].any():
-            del ours[b + "k_bias"]                                     # a K bias that is not zero is left over: an error
-    width = ours["cls_token"].shape[-1]
-    up = ours.get("blocks.0.mlp.up.weight")
-    cfg = DINOv3Config(width, depth, 128 if width == 4096 else 64, 4 * width if up is None else len(up),
-                       "blocks.0.mlp.gate.weight" in ours, "blocks.0.q_bias" in ours, ours["registers"].shape[1])
-    if width % cfg.head_dim:
-        raise ValueError(f"{path} holds no DINOv3 ViT: its width {width} is no multiple of {cfg.head_dim}, the width of a head")
-    for n, t in ours.items():
-        if not t.is_floating_point():
-            raise ValueError(f"{path} holds {n} as {t.dtype}: quantised weights are not read, fetch the original")
-    return cfg, {n: t.to(dtype) for n, t in ours.items()}
-
-
-# ------------------------------------------------------------------ autoencoder
-
-@dataclass
-class SAEConfig:
-    """The architecture of an S-AE; saved in every checkpoint. The defaults are the paper's."""
-    encoder: DINOv3Config = field(default_factory=DINOv3Config)
-    f: int = 16                 # pixels per latent: 16, 32 or 64
-    z_dim: int = 1280           # latent channels; fewer than the encoder's width for small GPUs
-    widths: tuple = (1280, 1024, 512, 256, 128)     # of the decoder, coarse to fine; f 32 and 64 repeat the first
-    blocks: int = 2             # residual blocks per resolution of the decoder
-    attention: bool = True      # in the middle of the decoder, as LDM has; its cost grows with the 4th power of the side
-
-    @classmethod
-    def from_dict(cls, d):
-        return cls(**{**d, "encoder": DINOv3Config(**d["encoder"]), "widths": tuple(d["widths"])})
-
-
-@dataclass
-class Posterior:
-    """q(z|x) = N(mu, exp(logvar)), mu and logvar [B,z_dim,h,w]."""
-    mu: torch.Tensor
-    logvar: torch.Tensor
-
-    def mode(self):
-        """[B,z_dim,h,w]"""
-        return self.mu
-
-    def sample(self, seed, offset=0):
-        """[B,z_dim,h,w]: the same draw for the same (seed, offset) on every device; see `reparameterize`."""
-        return reparameterize(self.mu, self.logvar, seed, offset)[0]
-
-    def kl(self):
-        """KL(q || N(0, I)) in nats, summed over each sample: [B]."""
-        return reparameterize(self.mu, self.logvar, 0)[1]
-
-
-class NormSiLU(nn.GroupNorm):
-    """silu(norm(x)), x [B,channels,h,w]."""
-
-    def __init__(self, channels):
-        super().__init__(math.gcd(32, channels), channels, eps=1e-6)
-
-    def forward(self, x):
-        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
-
-
-class ResBlock(nn.Module):
-    """skip(x) + conv(silu(norm(conv(silu(norm(x)))))): LDM's residual block."""
-
-    def __init__(self, cin, cout):
-        super().__init__()
-        self.norm1, self.conv1 = NormSiLU(cin), nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2, self.conv2 = NormSiLU(cout), nn.Conv2d(cout, cout, 3, padding=1)
-        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
-
-    def forward(self, x):
-        h = self.conv1(self.norm1(x))
-        return self.skip(x) + self.conv2(self.norm2(h))
-
-
-class AttnBlock(nn.Module):
-    """x + proj(attention(norm(x))), one head over the h w positions."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.norm = nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
-        self.qkv, self.proj = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x):
-        norm = self.norm
-        y = torch.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)       # the module refuses one value a channel
-        q, k, v = self.qkv(y).flatten(2).transpose(1, 2).chunk(3, -1)                    # 3 x [B,h w,C]
-        y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]     # [B,h w,C]
-        return x + self.proj(y.transpose(1, 2).reshape(x.shape))                         # [B,C,h,w]
-
-
-class Upsample(nn.Module):
-    """Nearest x2, then a 3x3 convolution, as one transposed convolution.
-
-    Row m of the upsampled map is row m // 2 of x, so row o of the output is sum_r w[r] x[(o + r - 1) // 2]. With k[t] the sum of w[2 - t] and
-    w[3 - t] (0 outside of w), this is sum_j k[o - 2j + 1] x[j], a transposed convolution of stride 2; columns likewise. Its 4x4 kernel
-    meets 4 pixels of x for each output, not 9: 2.25 times fewer products, and no map of the larger size is kept for the backward pass.
-    """
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        # On small maps summing the kernels costs more than it saves: at 512 channels and batch 4 on a CPU, 8x8 took 1.9 times as long,
-        # and 16x16 at 256 channels 0.8. The choice does not look at the batch, so that ranks and batch sizes round alike.
-        if x.shape[2] * x.shape[3] < 256:
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        kernel = F.avg_pool2d(self.conv.weight.flip(2, 3), 2, 1, padding=1, divisor_override=1)  # [Cout,Cin,4,4], sums over 2x2
-        y = F.conv_transpose2d(x, kernel.transpose(0, 1).contiguous(), stride=2, padding=1)
-        return y + self.conv.bias.to(y.dtype)[:, None, None]    # apart: on a CPU its gradient took longer inside than that of the kernel
-
-
-def downsample(cfg):
-    """log2(f / 16) groups on the patch tokens' map, each a residual block and a 3x3 convolution of stride 2."""
-    D, groups = cfg.encoder.width, int(math.log2(cfg.f // DINOv3.patch))
-    return nn.Sequential(*[m for _ in range(groups) for m in (ResBlock(D, D), nn.Conv2d(D, D, 3, stride=2, padding=1))])
-
-
-def decoder(cfg):
-    """z [B,z_dim,h,w] -> xhat [B,3,f h,f w]: conv, middle, `blocks` residual blocks a resolution with upsampling between, conv."""
-    widths = (cfg.widths[0],) * (int(math.log2(cfg.f)) + 1 - len(cfg.widths)) + tuple(cfg.widths)
-    c = widths[0]
-    layers = [nn.Conv2d(cfg.z_dim, c, 3, padding=1), ResBlock(c, c), *([AttnBlock(c)] if cfg.attention else []), ResBlock(c, c)]
-    for i, width in enumerate(widths):
-        if i:
-            layers.append(Upsample(c))
-        for _ in range(cfg.blocks):
-            layers.append(ResBlock(c, width))
-            c = width
-    # Identity: the SiLU had this place, and the names of the parameters after it count places.
-    return nn.Sequential(*layers, NormSiLU(c), nn.Identity(), nn.Conv2d(c, 3, 3, padding=1))
-
-
-CHECKPOINT_VERSION = 1
-
-
-class SAE(nn.Module):
-    """The Semantic Auto-encoder.
-
-    encode: x [B,3,H,W] in [-1,1], H and W multiples of f -> Posterior of z [B,z_dim,H/f,W/f].
-    decode: z -> xhat [B,3,H,W], about [-1,1], not clamped.
-    latent_mean, latent_std [z_dim]: of z over the training images, filled in at the end of training;
-    a diffusion model is trained on (z - latent_mean) / latent_std.
-    """
-
-    def __init__(self, cfg, encoder=None):
-        super().__init__()
-        if cfg.f not in (16, 32, 64) or len(cfg.widths) > int(math.log2(cfg.f)) + 1:
-            raise ValueError(f"f must be 16, 32 or 64 with at most log2(f) + 1 decoder widths, not f {cfg.f} with widths {cfg.widths}")
-        self.config = cfg
-        self.encoder = encoder or DINOv3(cfg.encoder)
-        self.down = downsample(cfg)
-        self.to_latent = nn.Conv2d(cfg.encoder.width, 2 * cfg.z_dim, 1)
-        # Reading: the paper names no initialisation. At PyTorch's, logvar is about 0 and the noise as strong as mu;
-        # from a standard deviation of exp(-3) the decoder sees the image from the first step on.
-        nn.init.zeros_(self.to_latent.weight[cfg.z_dim:])
-        nn.init.constant_(self.to_latent.bias[cfg.z_dim:], -6.0)
-        self.decoder = decoder(cfg)
-        self.register_buffer("latent_mean", torch.zeros(cfg.z_dim))
-        self.register_buffer("latent_std", torch.ones(cfg.z_dim))
-
-    def posterior(self, patches, h, w):
-        """Patch tokens [B,h w,D] -> Posterior [B,z_dim,16 h/f,16 w/f]."""
-        x = patches.transpose(1, 2).unflatten(2, (h, w))                                 # [B,D,h,w]
-        return Posterior(*self.to_latent(self.down(x)).chunk(2, 1))
-
-    def encode(self, x):
-        check_images(x, self.config.f)
-        return self.posterior(self.encoder(x)[2], x.shape[2] // DINOv3.patch, x.shape[3] // DINOv3.patch)
-
-    def decode(self, z):
-        return self.decoder(z)
-
-    def forward(self, x, seed, offset=0):
-        """One training pass: xhat [B,3,H,W], kl [B], the student's patch tokens [B,N,D]."""
-        patches = self.encoder(x)[2]
-        q = self.posterior(patches, x.shape[2] // DINOv3.patch, x.shape[3] // DINOv3.patch)
-        z, kl = reparameterize(q.mu, q.logvar, seed, offset)
-        return self.decode(z), kl, patches
-
-    @classmethod
-    def from_pretrained(cls, path):
-        """The EMA weights of a checkpoint of train.py, fp32, in eval mode, frozen."""
-        ckpt = load_checkpoint(path)
-        with torch.device("meta"):
-            sae = cls(SAEConfig.from_dict(ckpt["config"]))
-        sae.load_state_dict(ckpt["ema"], assign=True)
-        return sae.eval().requires_grad_(False)
+    def save(file):
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, t in tensors:
+            file.write(t.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy())
+    write(path, save)
 
 
 def load_checkpoint(path):

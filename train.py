@@ -19,6 +19,7 @@ import re
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -45,7 +46,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sae import CHECKPOINT_VERSION, SAE, Block, DINOv3, ResBlock, SAEConfig, feature_mse, load_checkpoint, load_tensors
+from sae import CHECKPOINT_VERSION, SAE, Block, DINOv3, ResBlock, SAEConfig, feature_mse, load_checkpoint, load_tensors, write
 
 # ------------------------------------------------------------------ images
 
@@ -95,12 +96,12 @@ def load_image(path):
 def load_reduced(path, short_side):
     """(image, (width, height)) as `load_image`, but a JPEG decoded at 1/2, 1/4 or 1/8 where that leaves `short_side` or more.
 
-    The sides are those of the part of the image that is covered: 1001 pixels are 500.5 at 1/2, in an image of 501.
+    Width and height are those of what the original covers: at 1/2, a side of 1001 becomes 501, of which it covers 500.5.
     """
     try:
         with Image.open(path) as im:
             sides = im.size
-            # What a turned image covers is not known so well, unless its sides are multiples of 8, as those of most cameras are.
+            # A turned image has its part of a pixel on another side: decoded in full, unless its sides are multiples of 8, as most are.
             if short_side and (im.getexif().get(ExifTags.Base.Orientation, 1) == 1 or not any(n % 8 for n in sides)):
                 im.draft(None, (short_side, short_side))                # leaves all but JPEGs as they are
                 part = round(sides[0] / im.width)
@@ -157,7 +158,8 @@ def save_grid(path, *rows):
 class TrainingImages(Dataset):
     """Item g, the global sample index -> (uint8 [size,size,3], sentences on files that were skipped on the way).
 
-    Epoch g // n has its own permutation; the crop and the flip are drawn from (seed, g). None in place of the image when
+    Epoch g // n has its own permutation; the crop and the flip are drawn from (seed, g). The shorter side becomes `size`; an image that
+    would be enlarged more than twice is refused. None in place of the image when
     more than 1 % of all files in a row are bad: the loop says so, since an error raised here would come with the worker's traceback.
     """
 
@@ -180,8 +182,8 @@ class TrainingImages(Dataset):
         return None, skipped
 
     def crop(self, path, rng):
-        # To twice the size: the crops then differ from the full decode's by 49 dB (the worst of 258 photos by 40). Decoding down to
-        # the size itself would serve more photos, but at 39 dB (26).
+        # Decoded to twice the size or more, the crops of 258 photos are within 49 dB of those of the full decode (at worst 40);
+        # decoded down to the size itself, within 39 dB (26).
         im, sides = load_reduced(path, 2 * self.size)
         if min(sides) * 2 < self.size:      # enlarged more than twice it would teach blur
             raise ValueError(f"{path} is {im.width}x{im.height}, too small for crops of {self.size}: remove it or lower --size")
@@ -210,12 +212,9 @@ def collate(items):
 
 def batches(images, steps, batch, rank, world, workers):
     """Yields (x uint8 [batch,size,size,3] or None, skipped) for each step of `steps`: this rank's part of the global batch."""
-    def indices():
-        for step in steps:
-            first = (step * world + rank) * batch
-            yield range(first, first + batch)
-
-    loader = iter(DataLoader(images, batch_sampler=indices(), collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
+    firsts = ((step * world + rank) * batch for step in steps)
+    samples = (range(first, first + batch) for first in firsts)
+    loader = iter(DataLoader(images, batch_sampler=samples, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
                              prefetch_factor=4 if workers else None, worker_init_fn=own_session))
     # DataLoader has a dead worker raise an error wherever the main thread is, even half-way through a checkpoint. `next` notices it, too.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -263,7 +262,7 @@ class LPIPS(nn.Module):
         import lpips                         # imports torchvision, which takes seconds: only where LPIPS is used
         if not Path(path).is_file():
             raise ValueError(f"there is no file {path} with the LPIPS trunk {net}: run ./weights.sh --only vgg16, name one with "
-                             "--lpips-weights, or switch the term off with --lpips 0")
+                             "--lpips-weights, or leave LPIPS out (train.py --lpips 0, eval.py --skip lpips)")
         with warnings.catch_warnings():      # torchvision deprecates the argument that lpips passes
             warnings.simplefilter("ignore")
             model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
@@ -292,7 +291,7 @@ class LPIPS(nn.Module):
 class PatchGAN(nn.Sequential):
     """pix2pix's 70x70 discriminator: x [B,3,H,W] -> logits [B,1,about H/8,W/8].
 
-    GroupNorm where pix2pix has BatchNorm: the logits of an image then depend on no other image, so real and fake
+    Reading: GroupNorm where pix2pix has BatchNorm. The logits of an image then depend on no other image, so real and fake
     go through in one pass, and ranks need no common statistics.
     """
 
@@ -337,10 +336,16 @@ def adaptive_weight(reconstruction, gan, xhat, last):
 
 # ------------------------------------------------------------------ options
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Each help text with its default, if there is one, and the description's lines as they are."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, "") or action.default is False else super()._get_help_string(action)
+
+
 def options(argv=None):
-    p = argparse.ArgumentParser(description="Two-stage training of S-AE; the defaults are the paper's.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--stage", type=int, choices=(1, 2), default=None)
+    p = argparse.ArgumentParser(description="Two-stage training of S-AE; what the paper gives are its defaults.", formatter_class=Help)
+    p.add_argument("--stage", type=int, choices=(1, 2), default=None, help="1: decoder and bottleneck on the frozen encoder; 2: everything")
     p.add_argument("--reg", type=float, default=100.0, help="weight of the teacher MSE (stage 2): more probe accuracy, less PSNR")
     # files
     p.add_argument("--data", default="data/imagenet/train", help="folder of images, one folder a class or flat")
@@ -358,34 +363,35 @@ def options(argv=None):
     p.add_argument("--size", type=int, default=256, help="training crop")
     p.add_argument("--batch", type=int, default=16, help="images per rank and pass")
     p.add_argument("--accumulate", type=int, default=1, help="passes per step: as many times the images in the memory of --batch")
-    p.add_argument("--steps", type=int, default=500_000)
-    p.add_argument("--lr", type=float, default=5e-6)
+    p.add_argument("--steps", type=int, default=500_000, help="of the optimizer, in all")
+    p.add_argument("--lr", type=float, default=5e-6, help="AdamW's rate after the warm-up")
     p.add_argument("--encoder-lr", type=float, default=None, help="default: --lr")
     p.add_argument("--disc-lr", type=float, default=None, help="default: --lr")
     p.add_argument("--min-lr", type=float, default=1e-7, help="end of the cosine")
     p.add_argument("--warmup", type=int, default=5000, help="steps of linear warm-up")
-    p.add_argument("--ema", type=float, default=0.9995)
+    p.add_argument("--ema", type=float, default=0.9995, help="decay of the averaged weights")
     p.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="bf16: autocast over fp32 weights")
     p.add_argument("--checkpoint", action="store_true", help="recompute the encoder's blocks in the backward pass: less memory")
     p.add_argument("--compile", action="store_true", help="torch.compile the encoder's blocks and the decoder: minutes at the start")
     p.add_argument("--shard", action="store_true", help="FSDP2 in place of DDP: for encoders whose states do not fit on one GPU")
     # losses
-    p.add_argument("--l1", type=float, default=100.0)
-    p.add_argument("--lpips", type=float, default=100.0)
-    p.add_argument("--lpips-net", choices=("vgg", "alex", "squeeze"), default="vgg")
-    p.add_argument("--lpips-weights", default="weights/vgg16-397923af.pth")
-    p.add_argument("--gan", type=float, default=1.0)
-    p.add_argument("--gan-loss", choices=("nonsaturating", "hinge"), default="nonsaturating")
+    p.add_argument("--l1", type=float, default=100.0, help="weight of L1(xhat, x)")
+    p.add_argument("--lpips", type=float, default=100.0, help="weight of LPIPS(xhat, x)")
+    p.add_argument("--lpips-net", choices=("vgg", "alex", "squeeze"), default="vgg", help="its trunk")
+    p.add_argument("--lpips-weights", default="weights/vgg16-397923af.pth", help="torchvision's file of the trunk")
+    p.add_argument("--gan", type=float, default=1.0, help="weight of the GAN term; 0 trains without a discriminator")
+    p.add_argument("--gan-loss", choices=("nonsaturating", "hinge"), default="nonsaturating", help="of both players")
     p.add_argument("--adaptive", action="store_true", help="scale the GAN term by VQGAN's adaptive weight")
     p.add_argument("--disc-start", type=int, default=0, help="first step at which the discriminator learns")
-    p.add_argument("--gan-start", type=int, default=5000, help="first step at which the generator listens to it (stage 2: 0 is fine)")
+    p.add_argument("--gan-start", type=int, default=None,
+                   help="first step at which the generator listens to it; default 5000, in stage 2, which takes over a discriminator, 0")
     p.add_argument("--kl", type=float, default=1e-6, help="weight of the KL, in nats per image (stage 2)")
     # the run
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of weights, data order, crops and noise")
     p.add_argument("--workers", type=int, default=8, help="data processes per rank")
-    p.add_argument("--log-every", type=int, default=50)
-    p.add_argument("--image-every", type=int, default=1000)
-    p.add_argument("--save-every", type=int, default=5000)
+    p.add_argument("--log-every", type=int, default=50, help="steps between lines of metrics.jsonl")
+    p.add_argument("--image-every", type=int, default=1000, help="steps between grids of images")
+    p.add_argument("--save-every", type=int, default=5000, help="steps between checkpoints")
     p.add_argument("--keep", type=int, default=2, help="checkpoints kept: last.pt, last-1.pt, ...")
     p.add_argument("--max-skips", type=int, default=20, help="stop after so many steps in a row with a NaN or infinite loss or gradient")
     p.add_argument("--timeout", type=float, default=1800, help="seconds without progress on any rank after which the run ends")
@@ -395,21 +401,25 @@ def options(argv=None):
     args = p.parse_args(argv)
     if args.stage is None and not args.plot:
         p.error("name the --stage, 1 or 2")
+    if args.gan_start is None:          # Reading: the paper does not say
+        args.gan_start = 5000 if args.stage == 1 else 0
     least = dict.fromkeys(("reg", "l1", "lpips", "gan", "kl", "lr", "encoder_lr", "disc_lr", "min_lr", "ema", "warmup", "disc_start",
                            "gan_start", "workers", "seed"), 0)
     least |= dict.fromkeys(("z_dim", "widths", "blocks", "size", "batch", "accumulate", "steps", "log_every", "image_every", "save_every",
                             "keep", "max_skips", "timeout"), 1)
     for name, low in least.items():
         value = getattr(args, name)
-        if value is not None and not min(value if name == "widths" else [value]) >= low:  # NaN is not either
-            value = " ".join(map(str, value)) if name == "widths" else f"{value:g}"
-            raise ValueError(f"--{name.replace('_', '-')} {value}: give {low} or more")
-    if args.ema > 1 or args.seed >= 2 ** 63:
-        raise ValueError(f"--ema {args.ema:g} and --seed {args.seed}: give 1 or less and less than 2^63")
+        values = value if isinstance(value, list) else [value]
+        if value is not None and not min(values) >= low:                                 # `not >=` refuses NaN, too
+            raise ValueError(f"--{name.replace('_', '-')} {' '.join(f'{v:g}' for v in values)}: give {low} or more")
+    if args.ema > 1:
+        raise ValueError(f"--ema {args.ema:g}: give 1 or less")
+    if args.seed >= 2 ** 63:
+        raise ValueError(f"--seed {args.seed}: give less than 2^63")
     if args.gan and args.size < 32:
         raise ValueError(f"--size {args.size} is too small for the discriminator: give 32 or more, or --gan 0")
-    from_the_start = args.gan and not max(args.disc_start, args.gan_start), args.stage == 2 and args.kl + args.reg
-    if not (args.l1 or args.lpips or any(from_the_start)):
+    gan_at_once, held = args.gan and not max(args.disc_start, args.gan_start), args.stage == 2 and args.kl + args.reg
+    if not (args.l1 or args.lpips or gan_at_once or held):
         raise ValueError("--l1 0 and --lpips 0 leave nothing to learn from in the first step: give one of them a weight")
     if args.adaptive and (args.shard or args.accumulate > 1):
         raise ValueError("--adaptive needs the whole gradient of the last layer in one pass: drop it, or --shard and --accumulate")
@@ -418,11 +428,12 @@ def options(argv=None):
 
 
 def learning_rate(step, peak, args):
-    """Linear warm-up to `peak`, then a cosine to --min-lr at the last step."""
+    """Linear warm-up to `peak`, then a cosine that would reach --min-lr at step number --steps."""
     if step < args.warmup:
         return peak * (step + 1) / args.warmup
     t = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.min_lr + 0.5 * (1 + math.cos(math.pi * t)) * (peak - args.min_lr)
+    low = min(args.min_lr, peak)        # a peak of 0 (--encoder-lr 0) stays 0
+    return low + 0.5 * (1 + math.cos(math.pi * t)) * (peak - low)
 
 
 # ------------------------------------------------------------------ model and checkpoints
@@ -480,29 +491,14 @@ def writing(path):
         raise ValueError(f"{path} cannot be written: {e.strerror}; mend that and go on with --resume, what was saved is whole") from e
 
 
-def write(path, save):
-    """save(temporary path), then rename: a file appears whole or not at all."""
-    part = path.with_name(path.name + ".tmp")
-    save(part)
-    os.replace(part, path)
-
-
 def save(out, state, keep):
     """Write out/last.pt, whole or not at all; last-1.pt, last-2.pt ... are the ones before, `keep` in all."""
-    tmp, kept = out / "last.pt.tmp", [out / "last.pt", *(out / f"last-{i}.pt" for i in range(1, keep))]
+    names = [out / name for name in ("new.pt", "last.pt", *(f"last-{i}.pt" for i in range(1, keep)))]
     with writing(out / "last.pt"):
-        try:
-            with open(tmp, "wb") as f:
-                torch.save(state, f)
-                f.flush()
-                os.fsync(f.fileno())
-        except OSError:
-            tmp.unlink()                                        # a full disk is no place for half a checkpoint
-            raise
-        for newer, older in reversed(list(pairwise(kept))):
+        write(out / "new.pt", lambda file: torch.save(state, file))
+        for newer, older in reversed(list(pairwise(names))):
             if newer.exists():
                 os.replace(newer, older)
-        os.replace(tmp, kept[0])
 
 
 def checkpoints(out):
@@ -542,14 +538,19 @@ def swap(weights, others):
 
 
 def latent_statistics(sae, images, args, rank, world, autocast, note, n=10_000):
-    """Fill in latent_mean and latent_std [z_dim] of z over the first n training crops, moments in fp64, the same on any number of ranks."""
+    """Fill in latent_mean and latent_std [z_dim] of z over the first n training crops, in whole steps of the run; moments in fp64.
+
+    The same crops on any number of ranks, as long as a step has the same images.
+    """
     device = sae.latent_mean.device
     moments = torch.zeros(2, sae.config.z_dim, dtype=torch.float64, device=device)
-    steps = max(1, min(n, len(images.files)) // (args.batch * world))
+    steps = max(1, min(n, len(images.files)) // (args.batch * world * args.accumulate)) * args.accumulate
     with torch.no_grad(), autocast():
         parts = batches(images, range(steps), args.batch, rank, world, args.workers)
-        for x, _ in tqdm(parts, "latent statistics", steps, disable=rank > 0):
+        for x, skipped in tqdm(parts, "latent statistics", steps, disable=rank > 0):
             note("latent statistics")
+            if x is None:
+                raise ValueError(too_many_bad(skipped, len(images.files)))
             q = sae.encode(to_float(x.to(device)))
             mu, var = q.mu.double(), q.logvar.double().clamp(-30, 20).exp()
             # E[z^2] = E[mu^2 + var]: z is a draw, not the mean
@@ -561,7 +562,7 @@ def latent_statistics(sae, images, args, rank, world, autocast, note, n=10_000):
     sae.latent_std.copy_((square - mean * mean).clamp_min(0).sqrt())
 
 
-def dry_run(sae, teacher, disc, args):
+def dry_run(sae, teacher, disc, args, world):
     """Print parameter counts and an estimate of a rank's memory: states, and what autograd keeps of a forward pass, by fake tensors."""
     def count(*modules, trained=False):
         return sum(p.numel() for m in modules if m for p in m.parameters() if p.requires_grad or not trained)
@@ -571,6 +572,8 @@ def dry_run(sae, teacher, disc, args):
     # fp32: weights, and for each trained parameter a gradient, two Adam moments and (the autoencoder's) an EMA
     states = 4 * (count(sae, disc) + 4 * count(sae, trained=True) + 3 * count(disc, trained=True))
     states += sum(p.nbytes for p in teacher.parameters()) if teacher else 0
+    if args.shard:
+        states /= world
     kept = {}
 
     def pack(t):
@@ -606,8 +609,9 @@ def on_signal(signum, frame):
 def watch(store, rank, world, seconds):
     """Gives note(text), to be called when this rank begins something new.
 
-    Where a rank stalls, the others wait for it in a collective, in silence. So when no rank has begun anything for `seconds`,
-    the one that is furthest behind is named and all processes end; the checkpoints are whole, and torchrun can start again.
+    Where a rank stalls, the others wait for it in a collective, in silence. So each rank keeps two things in the store: its last
+    note, numbered, and its beat, which a thread counts up. When no note has changed for `seconds`, the ranks without a beat (stopped
+    or dead) are named, or else those with the oldest note, and all processes end; the checkpoints are whole, and torchrun can start again.
     """
     ranks, begun, over, pause = range(world), count(1), threading.Event(), min(1, seconds / 10)
 
@@ -667,11 +671,6 @@ def shard(model):
     fully_shard(model)
     if isinstance(model, SAE):
         register_fsdp_forward_method(model, "encode")           # beside forward, which has the hooks already
-
-
-def local(t):
-    """This rank's part of a sharded tensor; any other as it is."""
-    return t.to_local() if isinstance(t, DTensor) else t
 
 
 def whole(tree, rank):
@@ -761,12 +760,11 @@ def main(args, rank, world, store, note):
               + ", ".join(f"{k} {v}" for k, v in vars(args).items()))
     if args.dry_run:
         if rank == 0:
-            dry_run(sae, teacher, disc, args)
+            dry_run(sae, teacher, disc, args, world)
         return
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        (out / f".writable{rank}").touch()
-        (out / f".writable{rank}").unlink()
+        tempfile.TemporaryFile(dir=out).close()                 # it can be written to
     # torchrun --max-restarts starts the same command again: what it finds then is its own.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if checkpoints(out) and not (args.resume or restarted):
@@ -796,6 +794,11 @@ def main(args, rank, world, store, note):
         # Twice the time: `watch` knows which rank is behind, and is to speak first.
         dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=world,
                                 timeout=timedelta(seconds=2 * args.timeout + 60))
+        steps = [0] * world
+        dist.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            raise ValueError(f"the ranks see checkpoints of different steps in {out}, {min(steps)} and {max(steps)}: "
+                             "it must be one folder that all nodes share")
 
     if args.compile:
         for module in (*sae.encoder.blocks, *(teacher.blocks if teacher else ()), sae.decoder):
@@ -812,6 +815,7 @@ def main(args, rank, world, store, note):
     model, disc_ddp = sae if args.shard else wrap(sae), wrap(disc)
     trained = {name: p for name, p in sae.named_parameters() if p.requires_grad}
     averaged = {name: p.detach().clone() for name, p in trained.items()}                 # the EMA; what is frozen it shares
+    # Reading: the paper names no betas
     adamw = lambda groups: torch.optim.AdamW([{"params": params, "peak": args.lr if lr is None else lr} for params, lr in groups if params],
                                              lr=args.lr, betas=(0.9, 0.95), weight_decay=0, fused=True)
     opt = adamw([([p for name, p in trained.items() if not name.startswith("encoder.")], args.lr),
@@ -840,7 +844,7 @@ def main(args, rank, world, store, note):
             # Lines after the checkpoint belong to steps that will be done again; a kill can have cut the last one short.
             lines = metrics.read_text().splitlines() if metrics.exists() else []
             lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            write(metrics, lambda part: part.write_text("".join(line + "\n" for line in lines)))
+            write(metrics, lambda file: file.writelines(f"{line}\n".encode() for line in lines))
             board = tensorboard(out, step) if args.tensorboard else None
 
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
@@ -852,7 +856,7 @@ def main(args, rank, world, store, note):
     while step < args.steps:
         for group in opt.param_groups + opt_disc.param_groups:
             group["lr"] = learning_rate(step, group["peak"], args)
-        log, show = (step + 1) % args.log_every == 0 or step + 1 == args.steps, (step + 1) % args.image_every == 0 or step + 1 == args.steps
+        log, show = (step + 1 == args.steps or (step + 1) % every == 0 for every in (args.log_every, args.image_every))
         disc_learns = args.gan > 0 and step >= args.disc_start
         gan_counts = disc_learns and step >= args.gan_start
         opt.zero_grad()
@@ -873,6 +877,8 @@ def main(args, rank, world, store, note):
             with autocast():
                 # offset: each image of the whole run has its own stretch of one noise stream
                 xhat, kl, patches = model(x, args.seed, (part * world + rank) * args.batch * latents_per_image)
+                # Reading: L1 and the MSE are means over everything, LPIPS over the batch, the KL a sum over the latent and a mean over the
+                # batch. Means make 100 : 100 : 1 comparable, and a mean KL at 1e-6 would not count at all.
                 terms = {"l1": (args.l1, F.l1_loss(xhat.float(), x))}
                 if lpips:
                     terms["lpips"] = (args.lpips, lpips(xhat, x).mean())
@@ -880,6 +886,7 @@ def main(args, rank, world, store, note):
                     with torch.no_grad():
                         target = teacher(x)[2]
                     terms["kl"] = (args.kl, kl.mean())
+                    # Reading: of the patch tokens after the final norm. CLS is not held: eval.py shows the probe with and without it.
                     terms["mse"] = (args.reg, feature_mse(patches, target))
                 if gan_counts:
                     disc.requires_grad_(False)
@@ -906,13 +913,14 @@ def main(args, rank, world, store, note):
                 logged.append(torch.stack(list(values.values())))
 
         # ---- one small exchange: what one rank has met, all act on together
-        grads = [local(p.grad) for p in (*trained.values(), *disc.parameters()) if p.grad is not None]
+        grads = [p.grad for p in (*trained.values(), *disc.parameters()) if p.grad is not None]
+        grads = [g.to_local() if isinstance(g, DTensor) else g for g in grads]           # this rank's part
         finite = torch.isfinite(torch.nn.utils.get_total_norm(grads) + loss_sum)
-        met = torch.tensor([0.0, len(new_bad), signals[0] if signals else 0], device=device)
-        met[0] = ~finite
+        flags = torch.tensor([0.0, len(new_bad), signals[0] if signals else 0], device=device)
+        flags[0] = ~finite
         if world > 1:
-            dist.all_reduce(met, dist.ReduceOp.MAX)
-        broken, any_bad, signum = (int(v) for v in met.tolist())
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        broken, any_bad, signum = (int(v) for v in flags.tolist())
         if any_bad:
             every = [new_bad]
             if world > 1:
@@ -942,7 +950,7 @@ def main(args, rank, world, store, note):
             if world > 1:
                 dist.all_reduce(packed)
             values = {name: v if math.isfinite(v) else None for name, v in zip(values, (packed / world).tolist())}
-            peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             values |= {"lr": opt.param_groups[0]["lr"], "skips": skips, "images/s": seen / (time.time() - since), "GiB": peak / 2 ** 30}
             since, seen = time.time(), 0
             if rank == 0:

@@ -6,15 +6,18 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import lpips
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 import torchvision
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
@@ -142,6 +145,16 @@ def test_a_drawn_latent_is_the_same_at_any_batch_size_and_differs_from_the_mean(
     one, two, mean = (run(checkpoint, "--data", photos, "--skip", "fid,lpips,probe", "--out", tmp_path / "a.json", "--size", 32, "--workers", 0,
                           "--batch", batch, *more)["psnr"] for batch, more in ((3, ["--sample"]), (16, ["--sample"]), (16, [])))
     assert one == pytest.approx(two, abs=1e-4) and abs(one - mean) > 1e-3
+
+
+def test_what_the_probe_sees_of_a_peer_is_the_mean_at_any_batch_size():
+    def encode(x):
+        return E.Posterior(F.avg_pool2d(x, 16), torch.zeros_like(F.avg_pool2d(x, 16)))
+    args = SimpleNamespace(sample=True, size=32)
+    model = E.Autoencoder("peer", None, encode, lambda z: F.interpolate(z, scale_factor=16.), args, torch.device("cpu"))
+    x = torch.rand(6, 3, 32, 32)
+    torch.testing.assert_close(model.features(x)[0], x.mean((2, 3)))
+    torch.testing.assert_close(torch.cat([model.features(part)[0] for part in x.split(2)]), model.features(x)[0])
 
 
 def test_too_few_images_for_fid_are_said_to_be(photos, checkpoint, stem_file, tmp_path, capsys):
@@ -404,7 +417,7 @@ def test_an_overfit_with_other_options_starts_again_and_says_so(photos, checkpoi
         patch.setattr(torch.optim.AdamW, "step", lambda self: 1 / 0)
         E.main([str(a) for a in (*command, "--dit-steps", 40)])
     E.main([str(a) for a in (*command, "--dit-steps", 20)])
-    assert "starts again, for another model, image or options" in capsys.readouterr().out
+    assert "starts again: model, image or options differ" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "a/overfit.json").read_text())["runs"][0]["records"]) == 21
 
 
@@ -557,7 +570,7 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path):
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 2
 
 
-SCORES = ["--skip", "fid,lpips,probe", "--size", "32", "--workers", "0", "--out", "/dev/null"]
+SCORES = ["--skip", "fid,lpips,probe", "--size", "32", "--workers", "0", "--out", Path(tempfile.gettempdir()) / "refused.json"]
 
 
 def test_a_disk_too_small_for_the_features_is_an_error_before_they_are_written(photos, checkpoint, tmp_path, monkeypatch):
@@ -618,7 +631,8 @@ def test_data_folders_that_cannot_serve_are_named(photos, checkpoint, tmp_path):
     shutil.copytree(photos, tmp_path / "renamed")
     (tmp_path / "renamed/red").rename(tmp_path / "renamed/crimson")
     assert "crimson is in one of them" in refusal(checkpoint, "--data", photos, "--train", tmp_path / "renamed", "--skip", "fid,lpips", "--size", "32")
-    assert "is a folder: name a file" in refusal(checkpoint, "--data", photos, "--skip", "fid,lpips,probe", "--size", "32", "--out", tmp_path)
+    for out in tmp_path, "/dev/null":                           # which a rename would replace
+        assert "is no file: name another" in refusal(checkpoint, "--data", photos, "--skip", "fid,lpips,probe", "--size", "32", "--out", out)
     (tmp_path / "peer.py").touch()
     assert "peer.py:FACTORY" in refusal(tmp_path / "peer.py")
     assert "no file gone.pt" in refusal(checkpoint, "gone.pt")

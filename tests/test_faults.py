@@ -103,7 +103,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(world, uninterrupt
     for _ in range(12):
         processes = start(options(world, out, resume=bool(train.checkpoints(out))), tmp_path / "log", ranks)
         # From some moment of the start, of a step or of a checkpoint's writing on.
-        wait_for(rng.choice([lambda: True, (out / "last.pt.tmp").exists, lambda n=steps_logged(out): steps_logged(out) > n]), processes)
+        wait_for(rng.choice([lambda: True, (out / "new.pt.tmp").exists, lambda n=steps_logged(out): steps_logged(out) > n]), processes)
         time.sleep(rng.uniform(0, 0.5) ** 2)
         kill(processes)
     finish(world, out, ranks)
@@ -168,7 +168,7 @@ def test_a_second_signal_ends_a_process_at_once(world, tmp_path):
 
 # ------------------------------------------------------------------ the disk
 
-@pytest.mark.parametrize("name", ["last.pt.tmp", "grid-0000008.png", "config.json"])
+@pytest.mark.parametrize("name", ["new.pt.tmp", "grid-0000008.png", "config.json"])
 def test_a_full_disk_is_told_and_the_checkpoints_stay_whole(name, world, uninterrupted, tmp_path):
     ranks, whole = uninterrupted
     out = tmp_path / "run"
@@ -182,7 +182,7 @@ def test_a_full_disk_is_told_and_the_checkpoints_stay_whole(name, world, uninter
     lines = [line for line in said.read_text().split("\n") if "No space left on device" in line]
     assert len(lines) == 1 and "cannot be written: No space left on device" in lines[0] and "--resume" in lines[0]
     (out / name).unlink(missing_ok=True)
-    assert train.load_last(out)["step"] == 6 and not (out / "last.pt.tmp").exists()
+    assert train.load_last(out)["step"] == 6 and not (out / "new.pt.tmp").exists()
     finish(world, out, ranks)
     assert_same_run(whole, out)
 
@@ -231,6 +231,20 @@ def test_bad_files_met_by_data_workers_stop_all_ranks_in_one_sentence(world, tmp
     assert codes(processes) == [1, 1]
     said = (tmp_path / "log").read_text()
     assert said.count("train.py: more than 1 % of the") == 1 and "Traceback" not in said
+
+
+def no_checkpoints_on_rank_1(rank):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"              # after which a run goes on by itself
+    if rank == 1:
+        train.checkpoints = lambda out: []
+
+
+def test_ranks_that_see_different_checkpoints_are_told_to_share_the_folder(world, tmp_path):
+    out = tmp_path / "run"
+    assert codes(start(options(world, out, steps=2), tmp_path / "log", ranks=2)) == [0, 0]
+    assert codes(start(options(world, out), tmp_path / "log", ranks=2, patch=no_checkpoints_on_rank_1)) == [1, 1]
+    said = (tmp_path / "log").read_text()
+    assert said.count(f"train.py: the ranks see checkpoints of different steps in {out}, 0 and 2") == 1 and "Traceback" not in said
 
 
 # ------------------------------------------------------------------ numbers
