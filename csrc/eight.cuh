@@ -16,16 +16,16 @@ namespace {
 constexpr int kEach = 8;
 
 // Pointers are to global memory. One of the fast path is aligned to 16 bytes; the other path reads or writes the first n values alone.
-// No kernel writes what it loads here (__ldg), so that loads may go before stores. __stwb is an ordinary store, which nvcc cannot split:
-// it makes four of 4 bytes out of an assignment.
+// No kernel writes what it loads here (__ldg), or reads what it stores.
 struct Eight { float v[kEach]; };
 SAE_INLINE Eight load(const float* p) {
   const float4 x = __ldg(reinterpret_cast<const float4*>(p)), y = __ldg(reinterpret_cast<const float4*>(p) + 1);
   return {{x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w}};
 }
 SAE_INLINE void store(float* p, const Eight& e) {
-  __stwb(reinterpret_cast<float4*>(p), float4{e.v[0], e.v[1], e.v[2], e.v[3]});
-  __stwb(reinterpret_cast<float4*>(p) + 1, float4{e.v[4], e.v[5], e.v[6], e.v[7]});
+#pragma unroll
+  for (int i = 0; i < kEach; i += 4)
+    store_16(p + i, __float_as_uint(e.v[i]), __float_as_uint(e.v[i + 1]), __float_as_uint(e.v[i + 2]), __float_as_uint(e.v[i + 3]));
 }
 template <class T>
 SAE_INLINE Eight load(const T* p) {
@@ -35,7 +35,7 @@ SAE_INLINE Eight load(const T* p) {
 }
 template <class T>
 SAE_INLINE void store(T* p, const Eight& e) {
-  __stwb(reinterpret_cast<uint4*>(p), uint4{pack<T>(e.v[0], e.v[1]), pack<T>(e.v[2], e.v[3]), pack<T>(e.v[4], e.v[5]), pack<T>(e.v[6], e.v[7])});
+  store_16(p, pack<T>(e.v[0], e.v[1]), pack<T>(e.v[2], e.v[3]), pack<T>(e.v[4], e.v[5]), pack<T>(e.v[6], e.v[7]));
 }
 SAE_INLINE float load_one(const float* p) { return *p; }
 template <class T>

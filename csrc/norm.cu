@@ -18,10 +18,11 @@ namespace sae {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 384;                                            // twice these leave 80 registers a thread: two rows at once
+constexpr int kThreads = 384;                                            // twice these leave 80 registers a thread
 constexpr int kFinishThreads = 128;
 constexpr int kMaxLanes = 32, kMinRows = 4, kMaxRows = 16;               // rows of a chunk at a time; rows of a thread
 constexpr int64_t kWantedBlocks = 256;                                   // about two to a multiprocessor, if the tensor is large enough
+constexpr int kMomentRows = 4, kForwardRows = 2;                         // that a thread loads before it works on them
 constexpr int kParts = 3;                                                // of a channel of a chunk, in `partial`; backward takes two
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -104,15 +105,21 @@ __global__ void __launch_bounds__(kThreads, 2) moments_kernel(const GroupNorm a,
   if (p.n > 0) {
     Eight shift{}, sum{}, square{};
     if (p.lane < p.rows) shift = load<kFast>(at<const void, const T>(a.x, a, p, p.lane), p.n);
-#pragma unroll 4
-    for (int row = p.lane + c.lanes; row < p.rows; row += c.lanes) {
-      const Eight x = load<kFast>(at<const void, const T>(a.x, a, p, row), p.n);
+    for (int row = p.lane + c.lanes; row < p.rows; row += kMomentRows * c.lanes) {
+      Eight x[kMomentRows];
 #pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        const float d = x.v[j] - shift.v[j];
-        sum.v[j] += d;
-        square.v[j] = __fmaf_rn(d, d, square.v[j]);
+      for (int i = 0; i < kMomentRows; ++i) {
+        const int r = row + i * c.lanes;
+        x[i] = r < p.rows ? load<kFast>(at<const void, const T>(a.x, a, p, r), p.n) : shift;               // of no deviation
       }
+#pragma unroll
+      for (int i = 0; i < kMomentRows; ++i)
+#pragma unroll
+        for (int j = 0; j < kEach; ++j) {
+          const float d = x[i].v[j] - shift.v[j];
+          sum.v[j] += d;
+          square.v[j] = __fmaf_rn(d, d, square.v[j]);
+        }
     }
     const Eight origin = load<kFast>(at<const void, const T>(a.x, a, p, 0), p.n);
     const int count = (p.rows - p.lane + c.lanes - 1) / c.lanes;
@@ -181,15 +188,21 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const GroupNorm a,
   const Place p = place(a, c);
   if (p.n <= 0) return;
   const Affine k = affine(a, p);
-#pragma unroll 2
-  for (int row = p.lane; row < p.rows; row += c.lanes) {
-    Eight x = load<kFast>(at<const void, const T>(a.x, a, p, row), p.n);
+  for (int row = p.lane; row < p.rows; row += kForwardRows * c.lanes) {
+    Eight x[kForwardRows];
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-      const float u = __fmaf_rn(x.v[j] - k.mean.v[j], k.scale.v[j], k.bias.v[j]);
-      x.v[j] = u * sigmoid(u);
+    for (int i = 0; i < kForwardRows; ++i)
+      if (row + i * c.lanes < p.rows) x[i] = load<kFast>(at<const void, const T>(a.x, a, p, row + i * c.lanes), p.n);
+#pragma unroll
+    for (int i = 0; i < kForwardRows; ++i) {
+      if (row + i * c.lanes >= p.rows) break;
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) {
+        const float u = __fmaf_rn(x[i].v[j] - k.mean.v[j], k.scale.v[j], k.bias.v[j]);
+        x[i].v[j] = u * sigmoid(u);
+      }
+      store<kFast>(at<void, T>(a.y, a, p, row + i * c.lanes), x[i], p.n);
     }
-    store<kFast>(at<void, T>(a.y, a, p, row), x, p.n);
   }
 }
 

@@ -86,6 +86,11 @@ __device__ __forceinline__ float fast_exp2(float x) {         // 2 ulp, and one 
 
 __device__ __forceinline__ float fast_divide(float x, float y) { return __fdividef(x, y); }      // 2 ulp; 0 for y >= 2^126
 
+// 16 bytes to global memory in one store: out of an assignment nvcc makes four. Loads of __ldg may go before it.
+__device__ __forceinline__ void store_16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(to)), "r"(a), "r"(b), "r"(c), "r"(d));
+}
+
 // 16 bytes from global to shared memory without a register between; zeros when !valid.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");

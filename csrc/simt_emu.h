@@ -261,8 +261,10 @@ inline float __uint_as_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); retu
 inline uint32_t __float_as_uint(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
 template <class T>
 T __ldg(const T* p) { return *p; }
-template <class T>
-void __stwb(T* p, T v) { *p = v; }
+inline void store_16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  const uint32_t v[] = {a, b, c, d};
+  std::memcpy(to, v, 16);
+}
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fsqrt_rn(float v) { return std::sqrt(v); }
