@@ -1,4 +1,4 @@
-"""load_safetensors and save_safetensors against the safetensors library: same files accepted, same tensors, same bytes."""
+"""load_safetensors and save_safetensors against the safetensors library: same files, tensors and bytes."""
 import json
 import os
 import resource
@@ -31,7 +31,7 @@ def library(path):
     """The library's tensors, or None where it refuses the file."""
     try:
         return safetensors.torch.load_file(path)
-    except (SafetensorError, TypeError, FileNotFoundError):     # TypeError: a dimension over 2^63 fails inside torch's reshape
+    except (SafetensorError, TypeError, FileNotFoundError):     # TypeError: torch's reshape, over 2^63
         return None
 
 
@@ -45,9 +45,12 @@ def ours(path):
 
 
 def same(a, b):
-    """Same names in the same order (which the library leaves to chance for tensors without items), dtypes, shapes and bits."""
-    return (a.keys() == b.keys() and [k for k in a if a[k].numel()] == [k for k in b if b[k].numel()] and all(
-        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and torch.equal(bits(a[k]), bits(b[k])) for k in a))
+    """Same names in the same order, dtypes, shapes and bits. The library leaves the order of tensors without
+    items to chance."""
+    if a.keys() != b.keys() or [k for k in a if a[k].numel()] != [k for k in b if b[k].numel()]:
+        return False
+    return all(a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and torch.equal(bits(a[k]), bits(b[k]))
+               for k in a)
 
 
 def bits(t):
@@ -55,7 +58,7 @@ def bits(t):
 
 
 def stricter_on_purpose(path):
-    """Whether the file shows one of the three things that the library takes and load_safetensors' docstring says it refuses."""
+    """Whether the file shows one of the three things that load_safetensors refuses and the library takes."""
     twice = []
 
     def pairs(items):
@@ -79,7 +82,8 @@ def compare(path):
     assert mine is None or same(theirs, mine)
 
 
-names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(lambda name: name != "__metadata__")
+characters = st.characters(exclude_categories=["Cs"])
+names = st.text(characters, max_size=8).filter(lambda name: name != "__metadata__")
 dtypes = st.sampled_from(list(SAFETENSORS_DTYPES.values()))
 
 
@@ -88,7 +92,7 @@ def tensors(draw):
     """Random bits in a random dtype and shape, some of them strided views."""
     dtype, shape = draw(dtypes), draw(st.lists(st.integers(0, 4), max_size=4))
     if dtype == torch.float4_e2m1fn_x2 and not shape:
-        shape = [1]                                             # the format counts half bytes in the last dimension
+        shape = [1]                                     # the format counts half bytes in the last dimension
     count = torch.Size(shape).numel() * dtype.itemsize
     t = torch.tensor(list(draw(st.binary(min_size=count, max_size=count))), dtype=torch.uint8)
     t = (t % 2 if dtype == torch.bool else t).view(dtype).reshape(shape)
@@ -108,7 +112,7 @@ def path(tmp_path_factory):
 @FUZZ
 @given(state_dicts, st.none() | st.dictionaries(names, names, max_size=1))
 def test_our_file_has_the_librarys_bytes(path, state, metadata):
-    assume(state or metadata != {})                             # for this pair safetensors 0.8 writes broken JSON
+    assume(state or metadata != {})                     # for this pair safetensors 0.8 writes broken JSON
     save_safetensors(state, path, metadata)
     dense = {k: t.contiguous().clone() for k, t in state.items()}
     assert path.read_bytes() == safetensors.torch.save(dense, metadata)
@@ -127,14 +131,14 @@ def test_the_library_reads_what_we_write(path, state, metadata):
 @FUZZ
 @given(state_dicts, st.none() | st.dictionaries(names, names, max_size=3))
 def test_we_read_what_the_library_writes(path, state, metadata):
-    assume(state or metadata != {})                             # for this pair safetensors 0.8 writes broken JSON
+    assume(state or metadata != {})                     # for this pair safetensors 0.8 writes broken JSON
     dense = {k: t.contiguous().clone() for k, t in state.items()}
     safetensors.torch.save_file(dense, path, metadata)
     read = load_safetensors(path)
     assert same(safetensors.torch.load_file(path), read) and len(read) == len(state)
 
 
-# ------------------------------------------------------------------ damaged files: the library's decision is the oracle
+# ------------------------------------------------------------------ damaged files, with the library as oracle
 
 @FUZZ
 @given(st.data())
@@ -164,13 +168,14 @@ def test_same_decision_when_bytes_of_the_file_change(path, data):
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-2 ** 65, 2 ** 65) | st.floats() | st.text(max_size=4)
     | st.sampled_from(["F32", "U8", "F6_E2M3", "f32", [0, 8], [8, 0], [0], [], 0, 8, 2 ** 63, 1e400]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=5)
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5)
 
 
 @FUZZ
 @given(st.data())
 def test_same_decision_when_the_header_changes(path, data):
-    """Fields replaced, dropped, added and repeated; nan, infinities and half surrogates included; header padded or not."""
+    """Fields replaced, dropped, added and repeated; with nan, infinities, half surrogates and padding."""
     state = data.draw(st.dictionaries(names, tensors(), min_size=1, max_size=4))
     metadata = data.draw(st.sampled_from([None, {"a": "b"}]))
     raw = safetensors.torch.save({k: t.contiguous().clone() for k, t in state.items()}, metadata)
@@ -186,7 +191,7 @@ def test_same_decision_when_the_header_changes(path, data):
             entry[field] = data.draw(json_values)
         else:
             entry.pop(field, None)
-    if data.draw(st.booleans()) and header:                     # shifted offsets: holes, overlaps, misalignment
+    if data.draw(st.booleans()) and header:             # shifted offsets: holes, overlaps, misalignment
         entry = header[data.draw(st.sampled_from(list(header)))]
         if isinstance(entry, dict) and isinstance(entry.get("data_offsets"), list):
             shift = data.draw(st.integers(-2, 2))
@@ -198,31 +203,36 @@ def test_same_decision_when_the_header_changes(path, data):
 
 
 @pytest.mark.parametrize("shape, nbytes", [
-    ([0], 0), ([3, 0], 0), ([0, 2 ** 62, 4], 0), ([2 ** 62, 4, 0], 0), ([2 ** 63, 0], 0), ([0, 2 ** 64], 0), ([0, -1], 0),
-    ([1] * 70, 4), ([], 4)])
+    ([0], 0), ([3, 0], 0), ([0, 2 ** 62, 4], 0), ([2 ** 62, 4, 0], 0), ([2 ** 63, 0], 0), ([0, 2 ** 64], 0),
+    ([0, -1], 0), ([1] * 70, 4), ([], 4)])
 def test_same_decision_on_extreme_shapes(path, shape, nbytes):
     write(path, {"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, nbytes]}}, bytes(nbytes))
     compare(path)
 
 
-@pytest.mark.parametrize("shape, nbytes", [([4], 2), ([3], 1), ([3], 2), ([2, 3], 3), ([3, 2], 3), ([0, 3], 0), ([0], 0)])
+@pytest.mark.parametrize("shape, nbytes", [
+    ([4], 2), ([3], 1), ([3], 2), ([2, 3], 3), ([3, 2], 3), ([0, 3], 0), ([0], 0), ([], 0), ([], 1)])
 def test_same_decision_on_half_bytes(path, shape, nbytes):
-    write(path, {"w": {"dtype": "F4", "shape": shape, "data_offsets": [0, nbytes]}}, bytes(range(1, nbytes + 1)))
+    entry = {"dtype": "F4", "shape": shape, "data_offsets": [0, nbytes]}
+    write(path, {"w": entry}, bytes(range(1, nbytes + 1)))
     compare(path)
 
 
-@pytest.mark.parametrize("dtype", [*SAFETENSORS_DTYPES, "F6_E2M3", "F6_E3M2", "C128", "I4", "f32", "", None, 7])
+@pytest.mark.parametrize("dtype", [
+    *SAFETENSORS_DTYPES, "F6_E2M3", "F6_E3M2", "C128", "I4", "f32", "", None, 7])
 @pytest.mark.parametrize("nbytes", [2, 3, 4, 6, 8, 16, 32])
 def test_same_decision_on_every_dtype_and_size(path, dtype, nbytes):
-    write(path, {"w": {"dtype": dtype, "shape": [2, 2], "data_offsets": [0, nbytes]}}, bytes(range(1, nbytes + 1)))
+    entry = {"dtype": dtype, "shape": [2, 2], "data_offsets": [0, nbytes]}
+    write(path, {"w": entry}, bytes(range(1, nbytes + 1)))
     compare(path)
 
 
 @pytest.mark.parametrize("text", [
-    '{"w":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}', '{"w":{"dtype":"F32","shape":[0],"data_offsets":[0,0.0]}}',
-    "  {}", "{}\n\t ", "{}\0", "{}x", "", "[]", "null", "\ufeff{}", '{"__metadata__":null}', '{"__metadata__":{}}',
-    '{"__metadata__":{"a":1}}', '{"__metadata__":[]}', '{"__metadata__":false}', '{"__metadata__":{"a":"\\ud800"}}',
-    '{"__metadata__":{"a":"\\ud83d\\ude00"}}', "{,}"])
+    '{"w":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}',
+    '{"w":{"dtype":"F32","shape":[0],"data_offsets":[0,0.0]}}',
+    "  {}", "{}\n\t ", "{}\0", "{}x", "", "[]", "null", "\ufeff{}", "{,}",
+    '{"__metadata__":null}', '{"__metadata__":{}}', '{"__metadata__":{"a":1}}', '{"__metadata__":[]}',
+    '{"__metadata__":false}', '{"__metadata__":{"a":"\\ud800"}}', '{"__metadata__":{"a":"\\ud83d\\ude00"}}'])
 def test_same_decision_on_headers_without_data(path, text):
     compare(write(path, text))
 
@@ -240,10 +250,12 @@ BAD = {
     "wrong byte count for the shape": (second(shape=[3]), 16, "'w'", "takes 12 bytes", "8 and 16"),
     "overlapping offsets": (second(data_offsets=[4, 12]), 12, "'w'", "byte 4", "ends at 8"),
     "a hole between tensors": (second(data_offsets=[12, 20]), 20, "'w'", "byte 12", "ends at 8"),
-    "offsets beyond the file": (second(shape=[2 ** 40], data_offsets=[8, 8 + 2 ** 42]), 16, "'w'", "the file ends"),
+    "offsets beyond the file": (
+        second(shape=[2 ** 40], data_offsets=[8, 8 + 2 ** 42]), 16, "'w'", "the file ends"),
     "offsets backwards": (second(data_offsets=[8, 0]), 16, "'w'", "8 and 0"),
-    "misaligned offsets": ({"v": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "w": {**ENTRY, "data_offsets": [1, 9]}},
-                           9, "'w'", "misaligned", "byte 1"),
+    "misaligned offsets": (
+        {"v": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "w": {**ENTRY, "data_offsets": [1, 9]}},
+        9, "'w'", "misaligned", "byte 1"),
     "negative dimension": (second(shape=[-2]), 16, "'w'", "[-2"),
     "more items than 64 bits can count": (second(shape=[2 ** 62, 2 ** 62]), 16, "'w'", "64 bits"),
     "three offsets": (second(data_offsets=[8, 16, 16]), 16, "'w'", "[8, 16, 16]"),
@@ -260,7 +272,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("header, nbytes, words", [pytest.param(h, n, w, id=name) for name, (h, n, *w) in BAD.items()])
+@pytest.mark.parametrize("header, nbytes, words", [(h, n, w) for h, n, *w in BAD.values()], ids=BAD)
 def test_a_bad_file_gives_one_sentence_with_file_and_tensor(path, header, nbytes, words):
     tensors, problem = ours(write(path, header, bytes(nbytes)))
     assert tensors is None
@@ -339,11 +351,12 @@ def test_nothing_is_read_before_use_and_release_gives_it_back(tmp_path):
     release(tensors["a"])
     assert resident() - start < size / 8
     assert tensors["a"].sum() == size // 4 and tensors["b"].sum() == 1000
-    release(torch.ones(1 << 20))                                                        # not of a file: nothing happens
+    release(torch.ones(1 << 20))                        # not of a file: nothing happens
 
 
 def test_release_keeps_the_changes_of_neighbours(tmp_path):
-    save_safetensors({k: torch.ones(5000) for k in "abc"}, tmp_path / "x")      # 20 kB each: they share the pages at their ends
+    # 20 kB each: they share the pages at their ends.
+    save_safetensors({k: torch.ones(5000) for k in "abc"}, tmp_path / "x")
     tensors = load_safetensors(tmp_path / "x")
     tensors["a"].fill_(2), tensors["c"].fill_(2)
     release(tensors["b"])

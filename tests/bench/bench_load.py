@@ -1,11 +1,12 @@
-"""Loading an H+ encoder: peak memory over the file's size, and time over the safetensors library with load_state_dict.
+"""Loading an H+ encoder: peak memory over the file's size, and time over that of the safetensors library.
 
-    python tests/bench_load.py [--layers 32] [--rounds 5]
+    python tests/bench/bench_load.py [--layers 32] [--rounds 5]
 
-The file has random weights in Hugging Face's naming, so that Q, K and V are packed, and H+'s sizes: 3.36 GB at 32 layers, in a
-temporary folder (TMPDIR chooses the disk). Each load runs in a process of its own, in turn, with the file in the page cache. The
-oracle loads what load_file maps into a module that is there already, which is how a model of transformers or timm gets its weights.
-"load" ends when the model is there; "load and use" has also read every weight once, because mapped weights are read when used.
+The file has random weights in Hugging Face's naming, so that Q, K and V are packed, and H+'s sizes: 3.36 GB
+at 32 layers, in a temporary folder (TMPDIR chooses the disk). Each load runs in a process of its own, in turn,
+with the file in the page cache. The library's load_file is followed by load_state_dict into a module that is there
+already, which is how a model of transformers or timm gets its weights. "load" ends when the model is there;
+"load and use" has also summed every weight once.
 """
 import argparse
 import os
@@ -16,25 +17,30 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
 
-import torch                                                                            # noqa: E402
-from safetensors.torch import load_file                                                 # noqa: E402
+import torch                                        # noqa: E402
+from safetensors.torch import load_file             # noqa: E402
 
-from sae import DINOv3, save_safetensors                                  # noqa: E402
+from sae import DINOv3, save_safetensors            # noqa: E402
 
 
 def huggingface(layers):
     """Random tensors of H+ in Hugging Face's naming."""
     D, hidden = 1280, 5120
-    shapes = {"embeddings.cls_token": [1, 1, D], "embeddings.mask_token": [1, 1, D], "embeddings.register_tokens": [1, 4, D],
-              "embeddings.patch_embeddings.weight": [D, 3, 16, 16], "embeddings.patch_embeddings.bias": [D],
-              "norm.weight": [D], "norm.bias": [D]}
+    shapes = {
+        "embeddings.cls_token": [1, 1, D], "embeddings.mask_token": [1, 1, D],
+        "embeddings.register_tokens": [1, 4, D], "embeddings.patch_embeddings.weight": [D, 3, 16, 16],
+        "embeddings.patch_embeddings.bias": [D], "norm.weight": [D], "norm.bias": [D]}
+    block = {
+        **{f"attention.{p}_proj.weight": [D, D] for p in "qkvo"},
+        **{f"attention.{p}_proj.bias": [D] for p in "qvo"},
+        **{f"mlp.{p}_proj.weight": [hidden, D] for p in ("gate", "up")}, "mlp.down_proj.weight": [D, hidden],
+        **{f"mlp.{p}_proj.bias": [hidden] for p in ("gate", "up")}, "mlp.down_proj.bias": [D],
+        **{f"norm{n}.{p}": [D] for n in "12" for p in ("weight", "bias")},
+        **{f"layer_scale{n}.lambda1": [D] for n in "12"}}
     for i in range(layers):
-        block = {f"attention.{p}_proj.weight": [D, D] for p in "qkvo"} | {f"attention.{p}_proj.bias": [D] for p in "qvo"}
-        block |= {f"mlp.{p}_proj.weight": [hidden, D] for p in ("gate", "up")} | {"mlp.down_proj.weight": [D, hidden]}
-        block |= {f"mlp.{p}_proj.bias": [hidden] for p in ("gate", "up")} | {"mlp.down_proj.bias": [D]}
-        block |= {f"norm{n}.{p}": [D] for n in "12" for p in ("weight", "bias")} | {f"layer_scale{n}.lambda1": [D] for n in "12"}
         shapes.update({f"layer.{i}.{name}": shape for name, shape in block.items()})
     return {name: torch.randn(shape) for name, shape in shapes.items()}
 
@@ -64,13 +70,14 @@ def child(which, path, layers):
 
 
 def peak():
-    """Highest resident memory so far, bytes. Not getrusage: a new process takes over its parent's peak there."""
+    """Highest resident memory so far, bytes. In getrusage a new process takes over its parent's peak."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--layers", type=int, default=32, help="blocks of the file; 32 are H+")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -84,8 +91,8 @@ def main():
         runs = {"ours": [], "library": []}
         for _ in range(args.rounds):
             for which in runs:
-                out = subprocess.run([sys.executable, __file__, "--layers", str(args.layers), "--child", which, path],
-                                     check=True, stdout=subprocess.PIPE, text=True).stdout
+                command = [sys.executable, __file__, "--layers", str(args.layers), "--child", which, path]
+                out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
                 runs[which].append([float(x) for x in out.split()])
     print(f"file {size / 1e9:.2f} GB, {args.layers} layers, medians of {args.rounds}")
     print(f"{'':>10} {'peak/file, load':>16} {'load and use':>13} {'load s':>8} {'load and use s':>15}")
