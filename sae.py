@@ -813,13 +813,13 @@ def config_of_dinov3(tensors, path):
 def load_tensors(path):
     """{name: tensor} of safetensors or of a state dict that torch.save wrote (.pth, .pt); on the CPU, mapped.
 
-    A folder stands for its model.safetensors, or the shards that model.safetensors.index.json lists.
+    A folder stands for its model.safetensors, else for the shards that model.safetensors.index.json lists.
     Raises ValueError, one sentence, for a file that is not there, is damaged, or holds anything else.
     """
     path = Path(path)
     if path.is_dir():
-        index = path / "model.safetensors.index.json"
-        path = index if index.exists() else path / "model.safetensors"
+        whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+        path = index if index.exists() and not whole.exists() else whole
     demand(path.is_file(), f"there is no file {path}")
     if path.suffix == ".safetensors":
         return load_safetensors(path)

@@ -1,4 +1,7 @@
-"""weights.sh against a local server that redirects, breaks connections, refuses and sends wrong bytes. Oracle: the bytes served."""
+"""weights.sh against a local server that redirects, breaks connections, refuses and sends wrong bytes.
+
+Oracle: the bytes served.
+"""
 import hashlib
 import os
 import re
@@ -18,11 +21,15 @@ HUB = "/timm/vit_huge_plus_patch16_dinov3.lvd1689m/resolve/main/model.safetensor
 VGG16 = "/models/vgg16-397923af.pth"
 INCEPTION = "/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
-pytestmark = pytest.mark.skipif(not shutil.which("curl") or not shutil.which("bash"), reason="weights.sh needs bash and curl")
+TOOLS = shutil.which("curl") and shutil.which("bash")
+pytestmark = pytest.mark.skipif(not TOOLS, reason="weights.sh needs bash and curl")
 
 
 class Server(ThreadingHTTPServer):
-    """`files` by path; each fault is an attribute that a test sets. `log` holds (path, Range, Authorization) of each request."""
+    """`files` by path; each fault is an attribute that a test sets.
+
+    `log` holds (path, Range, Authorization) of each request.
+    """
     daemon_threads = True
 
     def __init__(self):
@@ -43,7 +50,8 @@ class Handler(BaseHTTPRequestHandler):
         server, asked = self.server, self.headers.get("Range")
         server.log.append((self.path, asked, self.headers.get("Authorization")))
         body = server.files.get(self.path)
-        code = server.status.get(self.path, 302 if self.path in server.redirect else 404 if body is None else 200)
+        usual = 302 if self.path in server.redirect else 404 if body is None else 200
+        code = server.status.get(self.path, usual)
         head, start, end = dict(server.headers.get(self.path, {})), 0, len(body or b"")
         if code == 302:
             head["Location"] = server.redirect[self.path]
@@ -90,7 +98,8 @@ def run(tmp_path, server):
     shutil.copy(SCRIPT, tmp_path)
 
     def run(*args, **env):
-        process = subprocess.run([tmp_path / "weights.sh", *args], env=environment(server, **env), capture_output=True, text=True)
+        process = subprocess.run([tmp_path / "weights.sh", *args], env=environment(server, **env),
+                                 capture_output=True, text=True)
         assert "curl:" not in process.stderr and "line " not in process.stderr
         return process.returncode, process.stdout + process.stderr
     return run
@@ -98,7 +107,8 @@ def run(tmp_path, server):
 
 def environment(server, **env):
     clean = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and k != "HF_TOKEN"}
-    return {**clean, "HF_ENDPOINT": server.url, "TORCH_ENDPOINT": server.url, "GITHUB_ENDPOINT": server.url, **env}
+    mirrors = dict.fromkeys(["HF_ENDPOINT", "TORCH_ENDPOINT", "GITHUB_ENDPOINT"], server.url)
+    return {**clean, **mirrors, **env}
 
 
 @pytest.fixture
@@ -126,7 +136,8 @@ def test_the_default_is_the_h_plus_encoder_of_timm(run, server, file):
     assert "SHA-256 is right" in said and "License" in said
 
 
-@pytest.mark.parametrize("size, name", [("s", "small"), ("splus", "small_plus"), ("b", "base"), ("l", "large"), ("7b", "7b")])
+@pytest.mark.parametrize("size, name", [
+    ("s", "small"), ("splus", "small_plus"), ("b", "base"), ("l", "large"), ("7b", "7b")])
 def test_each_size_is_its_repository_of_timm(run, server, tmp_path, size, name):
     path = HUB.replace("huge_plus", name)
     server.files[path], server.headers[path] = BODY, server.headers[HUB]
@@ -159,14 +170,15 @@ def test_a_server_without_ranges_starts_over(run, server, file):
 
 
 def test_a_redirect_keeps_the_hubs_checksum_and_takes_no_token_along(run, server, file):
-    """As the hub does it: the checksum in the redirect, the bytes at another host, whose own tag is another hash."""
+    """As on the hub: the checksum in the redirect, the bytes at another host, with another hash as tag."""
     storage = Server()
     storage.files["/blob"], storage.headers["/blob"] = BODY, {"ETag": f'"{"0" * 64}"'}
     server.redirect[HUB] = storage.url + "/blob"
     code, said = run("--only", "dinov3", HF_TOKEN="hf_secret")
     storage.shutdown()
     assert code == 0 and file.read_bytes() == BODY and "hf_secret" not in said
-    assert all(token == "Bearer hf_secret" for _, _, token in server.log) and all(token is None for _, _, token in storage.log)
+    assert all(token == "Bearer hf_secret" for _, _, token in server.log)
+    assert all(token is None for _, _, token in storage.log)
 
 
 def test_the_token_goes_to_the_hub_alone(run, server):
@@ -181,9 +193,10 @@ def test_an_etag_of_64_digits_is_a_checksum_too(run, server, file):
 
 
 def test_another_repository_can_be_named(run, server, file):
-    path = "/facebook/dinov3-vith16plus-pretrain-lvd1689m/resolve/main/model.safetensors"
+    repo = "facebook/dinov3-vith16plus-pretrain-lvd1689m"
+    path = f"/{repo}/resolve/main/model.safetensors"
     server.files[path], server.headers[path] = BODY, server.headers[HUB]
-    assert run("--only", "dinov3", "--repo", "facebook/dinov3-vith16plus-pretrain-lvd1689m")[0] == 0 and file.read_bytes() == BODY
+    assert run("--only", "dinov3", "--repo", repo)[0] == 0 and file.read_bytes() == BODY
     assert all(asked == path for asked, _, _ in server.log)
 
 
@@ -197,7 +210,8 @@ def test_a_second_run_downloads_nothing(run, server, file):
 def test_the_name_of_a_pth_holds_the_first_digits_of_its_checksum(run, server, tmp_path):
     """All three files, in a copy of the script whose two names hold the digits of the bytes served here."""
     script, digits = (tmp_path / "weights.sh").read_text(), hashlib.sha256(BODY).hexdigest()[:8]
-    assert script.count("vgg16-397923af.pth") >= 2 and script.count("pt_inception-2015-12-05-6726825d.pth") >= 2
+    assert script.count("vgg16-397923af.pth") >= 2
+    assert script.count("pt_inception-2015-12-05-6726825d.pth") >= 2
     (tmp_path / "weights.sh").write_text(script.replace("397923af", digits).replace("6726825d", digits))
     vgg16, inception = VGG16.replace("397923af", digits), INCEPTION.replace("6726825d", digits)
     server.files[vgg16] = server.files[inception] = BODY
@@ -240,7 +254,8 @@ def sentence(said):
 def test_wrong_bytes_are_deleted_and_named(run, server, file):
     server.files[HUB] = BODY[:-1] + b"!"
     code, said = run("--only", "dinov3")
-    assert code == 1 and hashlib.sha256(server.files[HUB]).hexdigest() in sentence(said) and os.listdir(file.parent) == []
+    assert code == 1 and hashlib.sha256(server.files[HUB]).hexdigest() in sentence(said)
+    assert os.listdir(file.parent) == []
 
 
 def test_wrong_bytes_of_a_named_checksum_are_deleted_and_named(run, server, tmp_path):
@@ -263,12 +278,13 @@ def test_no_network_names_the_host(run, file):
     assert code == 1 and "no connection to nowhere.invalid" in sentence(said) and not file.exists()
 
 
-@pytest.mark.parametrize("status, word", [(401, "HF_TOKEN"), (403, "HF_TOKEN"), (404, "--repo"), (500, "later")])
+@pytest.mark.parametrize("status, word", [
+    (401, "HF_TOKEN"), (403, "HF_TOKEN"), (404, "--repo"), (500, "later")])
 def test_a_refusal_names_the_status_and_the_mend(run, server, status, word):
     for what, path in ("dinov3", HUB), ("vgg16", VGG16):
         server.status[path] = status
         code, said = run("--only", what)
-        assert code == 1 and f"HTTP {status}" in sentence(said) and word in sentence(said) and path in sentence(said)
+        assert code == 1 and all(part in sentence(said) for part in (f"HTTP {status}", word, path))
 
 
 def test_a_server_that_never_gets_further_is_given_up(run, server, file):
@@ -299,7 +315,8 @@ def test_a_file_without_a_checksum_is_not_downloaded(run, server, file):
 
 
 @pytest.mark.parametrize("args, word", [
-    (["xl"], "'xl'"), (["--only", "vgg19"], "'vgg19'"), (["--only"], "--only"), (["--repo", "x"], "'x'"), (["--fast"], "--fast")])
+    (["xl"], "'xl'"), (["--only", "vgg19"], "'vgg19'"), (["--only"], "--only"), (["--repo", "x"], "'x'"),
+    (["--fast"], "--fast")])
 def test_a_wrong_option_is_named(run, server, args, word):
     code, said = run(*args)
     assert code == 1 and word in sentence(said) and server.log == []
@@ -319,7 +336,8 @@ def test_an_interrupt_leaves_the_partial_file_for_the_next_run(run, server, file
     size = unfinished.stat().st_size
     assert 0 < size < len(BODY) and not file.exists()
     server.slow = False
-    assert run("--only", "dinov3")[0] == 0 and file.read_bytes() == BODY and downloads(server)[-1] == f"bytes={size}-"
+    assert run("--only", "dinov3")[0] == 0 and file.read_bytes() == BODY
+    assert downloads(server)[-1] == f"bytes={size}-"
 
 
 def test_help_names_every_mirror_variable_and_size(run):

@@ -3,10 +3,10 @@
     python tests/bench/bench_load.py [--layers 32] [--rounds 5]
 
 The file has random weights in Hugging Face's naming, so that Q, K and V are packed, and H+'s sizes: 3.36 GB
-at 32 layers, in a temporary folder (TMPDIR chooses the disk). Each load runs in a process of its own, in turn,
-with the file in the page cache. The library's load_file is followed by load_state_dict into a module that is there
-already, which is how a model of transformers or timm gets its weights. "load" ends when the model is there;
-"load and use" has also summed every weight once.
+at 32 layers, in a temporary folder (TMPDIR chooses the disk). Each load runs in a process of its own, in
+turn, with the file in the page cache. The library's load_file is followed by load_state_dict into a module
+that is there already, which is how a model of transformers or timm gets its weights. "load" ends when the
+model is there; "load and use" has also summed every weight once.
 """
 import argparse
 import os
