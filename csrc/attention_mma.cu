@@ -1,6 +1,5 @@
 // O = softmax(Q K^T / 8) V for bf16 and fp16 on tensor cores, Q and K turned by RoPE, and its backward, from
-// the packed projection [B,N,3,H,64]. attention_fp32.cu is the same without tensor cores: read that one
-// first.
+// the packed projection [B,N,3,H,64]. Read attention_fp32.cu first: it is the same without tensor cores.
 //
 // A warp owns 32 rows in registers and streams the other side, which lies in shared memory:
 //   forward   owns queries, streams K, V     S = Q K^T, online softmax, O += P V        writes O, lse
@@ -15,18 +14,18 @@
 // work for 261^2; rows in steps of 16 do 272^2, and all of a head's K and V fit in shared memory.
 //
 // Grid: a block of 3 warps for every 96 rows of every (image, head): N 261 takes 3 blocks.
-// Shared memory: 272 rows of both streamed tensors, 68 KB; longer sides come in several chunks. Of such
-// blocks
-//   three fit on a multiprocessor of sm_90, two of sm_80, but one of sm_86 and sm_89, which have 100 KB.
-// Registers (sm_90): forward 168, which allows 3 blocks; dQ 243, dK and dV 255, which allow 2.
-// Bytes at B 16, N 261, H 20: forward reads 32 and writes 11 MB (10 us at 4.3 TB/s), backward moves twice
-// that;
-//   RoPE and attention of eager PyTorch move three times as much.
+// Shared memory: 272 rows of both streamed tensors, 68 KB; a longer side comes in several chunks. A
+//   multiprocessor of sm_90 has room for three such blocks, one of sm_80 for two, and one of sm_86 or sm_89,
+//   with its 100 KB, for one.
+// Registers (sm_90): forward 168, which allows 3 blocks; dQ 242, dK and dV 255, which allow 2.
+// Bytes at B 16, N 261, H 20: forward reads 32 and writes 11 MB (10 us at 4.3 TB/s); backward moves twice as
+//   many. RoPE and attention of eager PyTorch move three times as many.
 //
 // RoPE costs no pass over memory: Q turns in registers, where the pair (i, i + 32) sits in one lane; K turns
-// in shared memory; dQ and dK turn back before they are stored. What is streamed comes by cp.async. A warp
-// owns 32 rows, not 16, so that each operand that ldmatrix reads from shared memory feeds two products:
-// reading it is otherwise the bottleneck.
+// in shared memory; dQ and dK turn back before they are stored. What is streamed comes by cp.async.
+//
+// A warp owns 32 rows, not 16, so that each operand that ldmatrix reads from shared memory feeds two
+// products: reading it is otherwise the bottleneck.
 //
 // The product of tensor cores, mma.m16n8k16: D[16,8] += A[16,16] B[16,8], spread over the lanes L0 .. L31 of
 // a warp. With g = lane / 4 a lane holds values of rows g and g + 8 of A and D, and of column g of B:
@@ -53,9 +52,9 @@ namespace {
 using u16 = uint16_t;
 constexpr int kTiles = 2;                                     // of 16 rows, owned by a warp
 constexpr int kWarps = 3, kThreads = 32 * kWarps;
-constexpr int kRowsOfBlock = 16 * kTiles * kWarps;  // 96; at N 261 the last warp of 9 has 5 of its 32 rows
+constexpr int kRowsOfBlock = 16 * kTiles * kWarps;            // 96: N 261 takes three blocks
 #ifndef SAE_CHUNK_ROWS
-#define SAE_CHUNK_ROWS 272  // N 261 in one piece; tests take fewer, to see many chunks
+#define SAE_CHUNK_ROWS 272                                    // N 261 in one piece; tests take fewer
 #endif
 constexpr int kChunkRows = SAE_CHUNK_ROWS;                    // streamed rows in shared memory at a time
 constexpr int kStep = 32, kStepBackward = 16;                 // of which a warp takes so many at a time

@@ -93,9 +93,11 @@ SAE_INLINE void tile_product(int64_t k, const float* a, int64_t ai, int64_t aj, 
 }
 // C[m,n] (+)= A[m,k] B[k,n], with strides and k in units of 32 bits; m and n are rounded up to whole tiles,
 // which every buffer has room for.
+// A function of its own, so that all registers are the tile's.
 template <class Terms, bool kAdd>
-inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t ai, int64_t aj, const float* b,
-                    int64_t bv, int64_t bj, float* c, int64_t ci) {
+__attribute__((noinline)) void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t ai,
+                                       int64_t aj, const float* b, int64_t bv, int64_t bj, float* c,
+                                       int64_t ci) {
   for (int64_t v = 0; v < n; v += 2 * L)
     for (int64_t i = 0; i < m; i += kRows) {
       if (v + L < n)

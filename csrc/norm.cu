@@ -34,14 +34,14 @@ constexpr int kThreads = 384;                                 // twice these lea
 constexpr int kFinishThreads = 128;
 constexpr int kMaxLanes = 32;                                 // rows of a chunk at a time
 constexpr int kMinRows = 4, kMaxRows = 16;                    // of a thread
-constexpr int64_t kWantedBlocks = 256;  // about two to a multiprocessor, in a large tensor
+constexpr int64_t kWantedBlocks = 256;                        // at least, if the tensor is large enough
 constexpr int kMomentRows = 4, kForwardRows = 2;              // that a thread loads before it works on them
-constexpr int kParts = 3;  // numbers of a channel of a chunk; backward takes 2
+constexpr int kParts = 3;                                     // numbers of a channel of a chunk in `partial`
 constexpr float kLog2e = 1.4426950408889634f;
 
 // How the work is cut: a function of the shape alone, so that results do not depend on the device.
 struct Cut {
-  int columns, lanes;  // of a block: eights of channels, rows at a time
+  int columns, lanes;                                         // of a block: eights of channels; rows at once
   int tiles;                                                  // blocks side by side in a row
   int rows;                                                   // of a chunk
   int64_t chunks;                                             // of a sample
@@ -66,7 +66,7 @@ int threads(const Cut& c) { return c.columns * c.lanes; }
 // channels channel .. channel + n - 1.
 struct Place {
   int64_t sample, chunk;
-  int64_t first;  // element of the chunk's first row, at `channel`
+  int64_t first;                                              // element: the first row's, at `channel`
   int rows, lane, column, channel;
   int n;                                                      // no channels if n <= 0
 };

@@ -80,7 +80,7 @@ SAE_INLINE double block_sum(double v, double* shared) {
 }
 
 // launch(kernel<T, fast>, blocks, threads, shared, stream, arguments...) for a type that is known at run time
-#define SAE_LAUNCH(kernel, type, fast, ...)                                                         \
+#define SAE_LAUNCH(kernel, type, fast, ...)                                                        \
   (type == Type::f32    ? launch(fast ? kernel<float, true> : kernel<float, false>, __VA_ARGS__)   \
    : type == Type::bf16 ? launch(fast ? kernel<bf16_t, true> : kernel<bf16_t, false>, __VA_ARGS__) \
                         : launch(fast ? kernel<fp16_t, true> : kernel<fp16_t, false>, __VA_ARGS__))
