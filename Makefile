@@ -1,7 +1,8 @@
 # make setup   .venv with torch, this package and, where there is a compiler, its kernels
 # make demo    the same, then train and evaluate the miniature
-# make test    the same with the test oracles, then the tests; PYTEST="-m slow" or PYTEST=tests/test_sae.py choose others
-# PYTHON=python3.12 chooses the interpreter of a new .venv. The stamps in .venv let a second run start at once.
+# make test    the same with the test oracles, then the tests; PYTEST="-m slow" or PYTEST=tests/test_sae.py
+#              choose others
+# PYTHON=python3.12 chooses the interpreter of a new .venv. Stamps in .venv let a second run start at once.
 
 PYTHON ?= python3
 PYTEST ?=
@@ -19,11 +20,11 @@ demo: .venv/setup.stamp
 test: .venv/test.stamp
 	.venv/bin/python -m pytest $(PYTEST)
 
-# torch comes first and the package is built against it: an isolated build would fetch a second torch of another version. Older
-# versions of pip isolate an editable build even when told not to.
+# torch comes first and the package is built against it: an isolated build would fetch a second torch of
+# another version. Older versions of pip isolate an editable build even when told not to.
 .venv/torch.stamp:
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 10) <= v < (3, 14) and \
-	    "$(PYTHON) is Python %d.%d; S-AE needs 3.10 to 3.13: make PYTHON=python3.12 ..." % v[:2])'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and \
+	    "$(PYTHON) is Python %d.%d; S-AE needs 3.10 or newer: make PYTHON=python3.12 ..." % v[:2])'
 	$(PYTHON) -m venv .venv
 	$(PIP) 'pip>=25.3' 'setuptools>=77' ninja 'torch>=2.11'
 	@touch $@

@@ -1,6 +1,28 @@
-// The same attention for fp32, plainly: for checks, and for who wants fp32. Four lanes own a row and hold 16 of its 64 values each,
-// 8 c .. 8 c + 7 and 32 + 8 c .. (c = lane % 4), so RoPE's pairs stay within a lane; the other side streams through shared memory by
-// kKeys rows, turned on the way, and every lane of a warp reads the same row of it at the same time.
+// START HERE. Attention in fp32 on a GPU, plainly: flash attention to read, to check others, and for fp32.
+//
+// Where to read on, each with what the last one taught:
+//   attention_fp32.cu   this file: tiles in shared memory, online softmax, RoPE, backward in two kernels
+//   attention.cuh       where a head's rows lie in [B,N,3,H,64], how RoPE turns a pair
+//   attention_mma.cu    the same in bf16 and fp16 on tensor cores: who holds what, and why it is fast
+//   gaussian.cu         one pass over memory with noise from a counter; noise.h is that counter
+//   norm.cu             GroupNorm with SiLU: sums over a tensor in three kernels
+//   vector.cuh          eight values a thread; ptx.cuh: the instructions that CUDA C++ has no word for
+//   ops.cpp             what PyTorch calls; kernels.h: the arguments of all kernels
+//   cpu_ops.cpp         the same ops on the CPU: tasks and threads; their kernels: cpu_attention.h and so on
+//
+// The math, for one (image, head), rows of 64 values, t ranging over the other side's tokens:
+//   forward    s_t = q.k_t / 8,  p_t = e^(s_t) / sum e^(s_t),  o = sum p_t v_t      writes O, lse
+//   backward   dv_t = sum p_t do,  ds_t = p_t (do.v_t - delta),  delta = do.o       writes dQ, dK, dV
+//              dq = sum ds_t k_t / 8,  dk_t = sum ds_t q / 8
+// q and k are turned by RoPE first, dq and dk turned back last. Scores are in base 2 (exp2 is an instruction
+// of the GPU), so lse = log2 sum 2^s, and backward has p again as 2^(s - lse) without a pass for the maximum.
+//
+// Grid: a block of 128 threads for every 32 rows of every (image, head). Four lanes own a row and hold 16 of
+// its 64 values each: from 8 c on eight, and from 32 + 8 c on eight, c = lane % 4, so that RoPE's pairs
+// (i, i + 32) stay within a lane. A dot product is 16 multiplications a lane and two shuffles.
+// Shared memory: two tiles of 32 rows, 16 KB. Registers (sm_90): forward 72, dQ 95, dK and dV 119.
+// Memory moved: a block reads its own rows once, and all of its head's K and V, from the L2 cache after the
+// first block; nothing of size N x N is written. Backward needs qkv, O, lse.
 #include <cfloat>
 
 #include "attention.cuh"
@@ -9,62 +31,93 @@ namespace sae {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 128, kRowsOfBlock = kThreads / 4, kKeys = 32;
+constexpr int kThreads = 128;
+constexpr int kRowsOfBlock = kThreads / 4;
+constexpr int kKeys = 32;                                     // rows of a tile in shared memory
 
-struct Part { float v[16]; };                                            // one lane's share of a row
+// ------------------------------------------------------------------ a lane's share of a row
+
+struct Share { float v[16]; };
 
 __device__ inline int column(int c, int i) { return i % 8 + 8 * c + i / 8 * 32; }
-__device__ inline Part load_part(const float* row, int c) {
-  Part x;
+
+__device__ inline Share load_share(const float* row, int c) {
+  Share x;
 #pragma unroll
   for (int i = 0; i < 16; ++i) x.v[i] = row[column(c, i)];
   return x;
 }
-__device__ inline void store_part(float* row, int c, const Part& x, float scale) {
+__device__ inline void store_share(float* row, int c, const Share& x, float scale) {
 #pragma unroll
   for (int i = 0; i < 16; ++i) row[column(c, i)] = x.v[i] * scale;
 }
-__device__ inline void turn_part(Part& x, int c, int token, const Attention& a, bool back) {
+__device__ inline void turn_share(Share& x, int c, int token, const Attention& a, bool back) {
   if (token < a.prefix) return;
   const float2* angle = angles(a, token, 8 * c);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) back ? turn_back(x.v[i], x.v[i + 8], angle[i]) : turn(x.v[i], x.v[i + 8], angle[i]);
+  for (int i = 0; i < 8; ++i)
+    back ? turn_back(x.v[i], x.v[i + 8], angle[i]) : turn(x.v[i], x.v[i + 8], angle[i]);
 }
-__device__ inline float dot(const Part& x, const Part& y) {
+// The dot product of two rows, in all four lanes.
+__device__ inline float dot(const Share& x, const Share& y) {
   float s = 0.f;
 #pragma unroll
   for (int i = 0; i < 16; ++i) s += x.v[i] * y.v[i];
   return quad_sum(s);
 }
-__device__ inline void add(Part& x, float s, const Part& y) {
+__device__ inline void add(Share& x, float s, const Share& y) {
 #pragma unroll
   for (int i = 0; i < 16; ++i) x.v[i] += s * y.v[i];
 }
-// Rows first .. first + kKeys of src -> tile [kKeys, 64], turned by RoPE if asked.
-__device__ inline void load_tile(float* tile, Rows<const float> src, int first, const Attention& a, bool turned) {
+
+// Rows first .. first + kKeys - 1 of src -> tile [kKeys, 64], turned by RoPE if asked.
+__device__ inline void load_tile(float* tile, Rows<const float> src, int first, const Attention& a,
+                                 bool turned) {
   const int r = threadIdx.x / 4, c = threadIdx.x % 4, t = first + r;
   if (t >= a.N) return;
-  Part x = load_part(src[t], c);
-  if (turned) turn_part(x, c, t, a, false);
-  store_part(tile + r * D, c, x, 1.f);
+  Share x = load_share(src[t], c);
+  if (turned) turn_share(x, c, t, a, false);
+  store_share(tile + r * D, c, x, 1.f);
 }
-__device__ inline int smaller(int x, int y) { return x < y ? x : y; }
 
+// Which row a thread works on. Past the end it computes the last row again and stores nothing: the barriers
+// need every thread.
+struct Lane {
+  int c, row, safe;
+};
+__device__ inline int smaller(int x, int y) { return x < y ? x : y; }
+__device__ inline Lane lane_of(const Attention& a, const Place& p) {
+  const int row = p.tile * kRowsOfBlock + threadIdx.x / 4;
+  return {int(threadIdx.x % 4), row, smaller(row, a.N - 1)};
+}
+
+// ------------------------------------------------------------------ kernels
+
+// A row of 4 lanes owns query q:
+//   m = -max float, l = 0, o = 0
+//   for each tile of 32 keys, K turned, in shared memory:
+//     for each key k, v of the tile:
+//       s = q.k log2(e) / 8
+//       if s > m: shrink l and o by 2^(m - s); m = s        the maximum so far: no power of 2 overflows
+//       l += 2^(s - m);  o += 2^(s - m) v
+//   O = o / l;  lse = m + log2 l
 __global__ void __launch_bounds__(kThreads) forward_kernel(const Attention a) {
   float *ks = shared_memory<float>(), *vs = ks + kKeys * D;
   const Place p = place(a, kRowsOfBlock);
+  const auto [c, row, safe] = lane_of(a, p);
   const float* qkv = static_cast<const float*>(a.qkv);
-  const int c = threadIdx.x % 4, row = p.tile * kRowsOfBlock + threadIdx.x / 4, safe = smaller(row, a.N - 1);  // past the end: the last again
-  Part q = load_part(qkv_rows(qkv, a, p, 0)[safe], c), o{};
-  turn_part(q, c, safe, a, false);
-  float m = -FLT_MAX, l = 0.f;                                           // a first score of -INFINITY less -INFINITY would be a NaN
+
+  Share q = load_share(qkv_rows(qkv, a, p, 0)[safe], c), o{};
+  turn_share(q, c, safe, a, false);
+  float m = -FLT_MAX, l = 0.f;                                // -INFINITY less a score of -INFINITY is a NaN
   for (int base = 0; base < a.N; base += kKeys) {
-    if (base) __syncthreads();
+    if (base) __syncthreads();                                // the last tile is still being read
     load_tile(ks, qkv_rows(qkv, a, p, 1), base, a, true);
     load_tile(vs, qkv_rows(qkv, a, p, 2), base, a, false);
     __syncthreads();
+
     for (int j = 0; j < smaller(kKeys, a.N - base); ++j) {
-      const float s = dot(q, load_part(ks + j * D, c)) * kScoreScale;
+      const float s = dot(q, load_share(ks + j * D, c)) * kScoreScale;
       if (s > m) {
         const float shrink = exp2f(m - s);
         m = s;
@@ -74,48 +127,62 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Attention a) {
       }
       const float weight = exp2f(s - m);
       l += weight;
-      add(o, weight, load_part(vs + j * D, c));
+      add(o, weight, load_share(vs + j * D, c));
     }
   }
+
   if (row >= a.N) return;
-  store_part(out_rows(static_cast<float*>(a.o), a, p)[row], c, o, 1.f / l);
+  store_share(out_rows(static_cast<float*>(a.out), a, p)[row], c, o, 1.f / l);
   if (c == 0) a.lse[stat_row(a, p) + row] = m + log2f(l);
 }
 
+// A row of 4 lanes owns query q with g = dO, and streams keys as forward does:
+//   delta = g.o                                              written for the other kernel
+//   for each key k, v:  p = 2^(s - lse);  dq += p (g.v - delta) k
+//   dQ = dq / 8, turned back
 __global__ void __launch_bounds__(kThreads) backward_q_kernel(const Attention a) {
   float *ks = shared_memory<float>(), *vs = ks + kKeys * D;
   const Place p = place(a, kRowsOfBlock);
+  const auto [c, row, safe] = lane_of(a, p);
   const float* qkv = static_cast<const float*>(a.qkv);
-  const int c = threadIdx.x % 4, row = p.tile * kRowsOfBlock + threadIdx.x / 4, safe = smaller(row, a.N - 1);
-  Part q = load_part(qkv_rows(qkv, a, p, 0)[safe], c), dq{};
-  const Part g = load_part(out_rows(static_cast<const float*>(a.dout), a, p)[safe], c);
-  turn_part(q, c, safe, a, false);
-  const float delta = dot(g, load_part(out_rows(static_cast<const float*>(a.out), a, p)[safe], c)), lse = a.lse[stat_row(a, p) + safe];
+
+  Share q = load_share(qkv_rows(qkv, a, p, 0)[safe], c), dq{};
+  const Share g = load_share(out_rows(static_cast<const float*>(a.dout), a, p)[safe], c);
+  turn_share(q, c, safe, a, false);
+  const float delta = dot(g, load_share(out_rows(static_cast<const float*>(a.out), a, p)[safe], c));
+  const float lse = a.lse[stat_row(a, p) + safe];
   for (int base = 0; base < a.N; base += kKeys) {
     if (base) __syncthreads();
     load_tile(ks, qkv_rows(qkv, a, p, 1), base, a, true);
     load_tile(vs, qkv_rows(qkv, a, p, 2), base, a, false);
     __syncthreads();
+
     for (int j = 0; j < smaller(kKeys, a.N - base); ++j) {
-      const Part k = load_part(ks + j * D, c);
+      const Share k = load_share(ks + j * D, c);
       const float weight = exp2f(dot(q, k) * kScoreScale - lse);
-      add(dq, weight * (dot(g, load_part(vs + j * D, c)) - delta), k);
+      add(dq, weight * (dot(g, load_share(vs + j * D, c)) - delta), k);
     }
   }
+
   if (row >= a.N) return;
-  turn_part(dq, c, row, a, true);
-  store_part(qkv_rows(static_cast<float*>(a.dqkv), a, p, 0)[row], c, dq, kScale);
+  turn_share(dq, c, row, a, true);
+  store_share(qkv_rows(static_cast<float*>(a.dqkv), a, p, 0)[row], c, dq, kScale);
   if (c == 0) a.delta[stat_row(a, p) + row] = delta;
 }
 
+// A row of 4 lanes owns key k, v, and streams queries q with g = dO, lse and delta. So each gradient has one
+// writer: no atomics, always the same bits.
+//   for each query:  p = 2^(s - lse);  dv += p g;  dk += p (g.v - delta) q
+//   dK = dk / 8, turned back;  dV = dv
 __global__ void __launch_bounds__(kThreads) backward_kv_kernel(const Attention a) {
   float *qs = shared_memory<float>(), *gs = qs + kKeys * D, *lse = gs + kKeys * D, *delta = lse + kKeys;
   const Place p = place(a, kRowsOfBlock);
+  const auto [c, row, safe] = lane_of(a, p);
   const float* qkv = static_cast<const float*>(a.qkv);
-  const int c = threadIdx.x % 4, row = p.tile * kRowsOfBlock + threadIdx.x / 4, safe = smaller(row, a.N - 1);
-  Part k = load_part(qkv_rows(qkv, a, p, 1)[safe], c), dk{}, dv{};
-  const Part v = load_part(qkv_rows(qkv, a, p, 2)[safe], c);
-  turn_part(k, c, safe, a, false);
+
+  Share k = load_share(qkv_rows(qkv, a, p, 1)[safe], c), dk{}, dv{};
+  const Share v = load_share(qkv_rows(qkv, a, p, 2)[safe], c);
+  turn_share(k, c, safe, a, false);
   for (int base = 0; base < a.N; base += kKeys) {
     if (base) __syncthreads();
     load_tile(qs, qkv_rows(qkv, a, p, 0), base, a, true);
@@ -125,28 +192,33 @@ __global__ void __launch_bounds__(kThreads) backward_kv_kernel(const Attention a
       delta[threadIdx.x] = a.delta[stat_row(a, p) + base + threadIdx.x];
     }
     __syncthreads();
+
     for (int j = 0; j < smaller(kKeys, a.N - base); ++j) {
-      const Part q = load_part(qs + j * D, c), g = load_part(gs + j * D, c);
+      const Share q = load_share(qs + j * D, c), g = load_share(gs + j * D, c);
       const float weight = exp2f(dot(k, q) * kScoreScale - lse[j]);
       add(dv, weight, g);
       add(dk, weight * (dot(v, g) - delta[j]), q);
     }
   }
+
   if (row >= a.N) return;
-  turn_part(dk, c, row, a, true);
-  store_part(qkv_rows(static_cast<float*>(a.dqkv), a, p, 1)[row], c, dk, kScale);
-  store_part(qkv_rows(static_cast<float*>(a.dqkv), a, p, 2)[row], c, dv, 1.f);
+  turn_share(dk, c, row, a, true);
+  store_share(qkv_rows(static_cast<float*>(a.dqkv), a, p, 1)[row], c, dk, kScale);
+  store_share(qkv_rows(static_cast<float*>(a.dqkv), a, p, 2)[row], c, dv, 1.f);
 }
 
-constexpr size_t kShared = 2 * kKeys * D * sizeof(float);
+constexpr size_t kTwoTiles = 2 * kKeys * D * sizeof(float);
+constexpr size_t kTwoRows = 2 * kKeys * sizeof(float);        // lse and delta
+
 }  // namespace
 
 const char* attention_forward_fp32(const Attention& a, void* stream) {
-  return launch(forward_kernel, blocks(a, kRowsOfBlock), kThreads, kShared, stream, a);
+  return launch(forward_kernel, blocks(a, kRowsOfBlock), kThreads, kTwoTiles, stream, a);
 }
 const char* attention_backward_fp32(const Attention& a, void* stream) {
-  if (const char* error = launch(backward_q_kernel, blocks(a, kRowsOfBlock), kThreads, kShared, stream, a)) return error;
-  return launch(backward_kv_kernel, blocks(a, kRowsOfBlock), kThreads, kShared + 2 * kKeys * sizeof(float), stream, a);
+  const int64_t n = blocks(a, kRowsOfBlock);
+  if (const char* error = launch(backward_q_kernel, n, kThreads, kTwoTiles, stream, a)) return error;
+  return launch(backward_kv_kernel, n, kThreads, kTwoTiles + kTwoRows, stream, a);
 }
 
 }  // namespace cuda

@@ -1,5 +1,5 @@
-// Compiled for AVX2 whatever the compiler's flags are; used only where the processor has it.
-#include "cpu.h"
+// For AVX2, whatever the compiler's flags are; used where the processor has it.
+#include "cpu_kernels.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <cmath>
@@ -13,7 +13,7 @@
 #define SAE_NAME "avx2"
 #define SAE_LANES 8
 #define SAE_KERNELS kCpuAvx2
-#include "cpu_kernels.h"
+#include "cpu_isa.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

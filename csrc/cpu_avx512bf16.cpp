@@ -1,11 +1,13 @@
-// Compiled for AVX-512 with products of bf16 whatever the compiler's flags are; used only where the processor has it.
-#include "cpu.h"
+// For AVX-512 with products of bf16, whatever the compiler's flags are; used where the processor has them.
+#include "cpu_kernels.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <cmath>
 #include <cstring>
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 #endif
@@ -14,7 +16,7 @@
 #define SAE_LANES 16
 #define SAE_BF16_PAIRS
 #define SAE_KERNELS kCpuAvx512Bf16
-#include "cpu_kernels.h"
+#include "cpu_isa.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

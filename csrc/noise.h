@@ -1,16 +1,18 @@
-// Standard normal numbers from a counter: element e of stream `seed` depends on (seed, e) and on nothing else, so it is the same
-// on CPU and GPU, at any thread count, in forward and in backward, and after a resume.
+// Standard normal numbers from a counter: element e of stream `seed` depends on (seed, e) and on nothing
+// else, so it is the same on CPU and GPU, at any thread count, in forward and in backward, and after a
+// resume.
 //
 //   block b = e / 4, counter (b lo, b hi, 0, 0), key (seed lo, seed hi) -> Philox 4x32-10 -> four words x
 //   u = (x + 1/2) / 2^32;  Box-Muller on the words (0, 1) and (2, 3):  sqrt(-2 ln u0) (cos, sin)(2 pi u1)
 //
 // Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 //
-// One source for scalars (CUDA) and vectors (CPU): U is 32 bits unsigned, I signed, F float. Every operation below rounds as IEEE
-// says and every fused multiply-add is written out, so both give the same bits. ln, sin and cos are minimax polynomials of ours
-// (Remez); against float64 the normals are off by a few ulp everywhere, also where ln u -> 0.
+// One source for scalars (CUDA) and vectors (CPU): U is 32 bits unsigned, I signed, F float. Every operation
+// below rounds as IEEE says and every fused multiply-add is written out, so both give the same bits. ln, sin
+// and cos are minimax polynomials of ours (Remez); against float64 the normals are off by a few ulp
+// everywhere, also where ln u -> 0.
 //
-// Included inside a namespace that defines bits, select, to_float, fused, square_root and mul_wide for F, I and U.
+// Included inside a namespace that defines bits, select, to_float, fused, square_root and mul_wide for these.
 
 #ifdef __CUDACC__
 #define SAE_UNROLL _Pragma("unroll")
@@ -22,8 +24,9 @@ struct PhiloxKey {
   uint32_t lo, hi;
 };
 
-// The counters of n blocks -> their four words each. mul_wide(m, x, high) returns the low 32 bits of m x and sets the high ones.
-// A block is one long chain of products: several at a time, round by round, keep a processor busy.
+// The counters of n blocks -> their four words each. mul_wide(m, x, high) returns the low 32 bits of m x and
+// sets the high ones. A block is one long chain of products: several at a time, round by round, keep a
+// processor busy.
 template <int n, class U>
 SAE_INLINE void philox(U (&c)[n][4], PhiloxKey key) {
   SAE_UNROLL
@@ -65,12 +68,14 @@ SAE_INLINE F minus_two_log(U x) {
   p = fused(p, f, F{} - 2.5000819564e-01f);
   p = fused(p, f, F{} + 3.3333331347e-01f);
   const F n = to_float(e);
-  F small = fused(n, F{} - 2.1219444e-04f, p * (f * ff));     // ln 2 = 0.693359375 - 2.1219444e-4; n * 0.693359375 is exact
+  // ln 2 = 0.693359375 - 2.1219444e-4; n * 0.693359375 is exact
+  F small = fused(n, F{} - 2.1219444e-04f, p * (f * ff));
   small = fused(ff, F{} - 0.5f, small);
   return -2.f * fused(n, F{} + 0.693359375f, f + small);
 }
 
-// cos and sin of 2 pi (x + 1/2) / 2^32: the two upper bits (rounded) are the quadrant, the rest t in [-1/2, 1/2) quarter turns.
+// cos and sin of 2 pi (x + 1/2) / 2^32: the two upper bits (rounded) are the quadrant, the rest is
+// t in [-1/2, 1/2) quarter turns.
 template <class F, class I, class U>
 SAE_INLINE void cos_sin_turns(U x, F& cosine, F& sine) {
   const U quadrant = (x + 0x20000000u) >> 30;

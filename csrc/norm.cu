@@ -1,36 +1,50 @@
-// y = silu(group_norm(x)) of channels_last tensors, and its backward. With xhat = (x - mean) rstd, u = weight xhat + bias:
+// y = silu(group_norm(x)) of channels_last tensors, and its backward. With xhat = (x - mean) rstd and
+// u = weight xhat + bias:
 //
-//   forward    mean and rstd of each group;  y = u sigmoid(u)                      reads x twice; writes y, mean, rstd
-//   backward   du = dy sigmoid(u) (1 + u (1 - sigmoid(u)));  dbias = sum du,  dweight = sum du xhat
-//              dx = rstd (weight du - mean(weight du) - xhat mean(weight du xhat))     reads x and dy twice; writes dx
+//   forward    mean and rstd of each group;  y = u sigmoid(u)          reads x twice; writes y, mean, rstd
+//   backward   du = dy sigmoid(u) (1 + u (1 - sigmoid(u)))             reads x and dy twice; writes dx
+//              dbias = sum du,  dweight = sum du xhat
+//              dx = rstd (weight du - mean(weight du) - xhat mean(weight du xhat)), means over the group
 //
-// Eager reads x twice and the normalised tensor once, writes it and y, and keeps it for backward; here backward computes it again.
-// A block takes a chunk of rows of one sample; a thread takes eight neighbouring channels of every `lanes`-th row, so its constants
-// stay in registers and its loads are whole. Both directions first write sums of each channel of each chunk to `partial`, a second
-// kernel adds those in double, always in the same order (no atomics), and a third goes over the rows again, partly from the L2 cache.
+// Either way there are three steps, the middle one small:
+//   1. A block takes a chunk of rows of one sample and writes sums of each of its channels to `partial`:
+//      moments_kernel, or sums_kernel in backward.
+//   2. A block to a group adds those up in double, always in the same order (no atomics):
+//      statistics_kernel, or slopes_kernel in backward; parameters_kernel then adds up the samples.
+//   3. A block takes the same chunk again, partly from the L2 cache, and writes the result:
+//      forward_kernel, or backward_kernel, which computes du again.
+// Eager PyTorch reads x twice and the normalised tensor once, writes it and y, and keeps it for backward;
+// here backward needs x and two numbers a group.
 //
-// Variance: a thread's deviations are those from its own first value, and pieces join by Chan's formula (mean, sum of squared
-// deviations), their means counted from the first row of the chunk. So neither a mean far from zero nor one outlier costs digits.
-// Shared memory: 64 bytes a thread. Fast where C is a multiple of 8; otherwise a thread loads its channels one by one.
-#include "eight.cuh"
+// Grid of steps 1 and 3: up to 384 threads for 4 to 16 rows a thread (`cut`). A thread takes eight
+// neighbouring channels of every `lanes`-th row, so its constants stay in registers and its loads are whole.
+// Registers: 80 a thread, two blocks to a multiprocessor. Shared memory: 64 bytes a thread, to join the lanes
+// of a channel. Fast where C is a multiple of 8; otherwise a thread loads its channels one by one.
+//
+// Variance: a thread's deviations are those from its own first value, and pieces join by Chan's formula
+// (mean, sum of squared deviations), their means counted from the first row of the chunk. So neither a mean
+// far from zero nor one outlier costs digits.
+#include "vector.cuh"
 
 namespace sae {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 384;                                            // twice these leave 80 registers a thread
+constexpr int kThreads = 384;                                 // twice these leave 80 registers a thread
 constexpr int kFinishThreads = 128;
-constexpr int kMaxLanes = 32, kMinRows = 4, kMaxRows = 16;               // rows of a chunk at a time; rows of a thread
-constexpr int64_t kWantedBlocks = 256;                                   // about two to a multiprocessor, if the tensor is large enough
-constexpr int kMomentRows = 4, kForwardRows = 2;                         // that a thread loads before it works on them
-constexpr int kParts = 3;                                                // of a channel of a chunk, in `partial`; backward takes two
+constexpr int kMaxLanes = 32;                                 // rows of a chunk at a time
+constexpr int kMinRows = 4, kMaxRows = 16;                    // of a thread
+constexpr int64_t kWantedBlocks = 256;                        // at least, if the tensor is large enough
+constexpr int kMomentRows = 4, kForwardRows = 2;              // that a thread loads before it works on them
+constexpr int kParts = 3;                                     // numbers of a channel of a chunk in `partial`
 constexpr float kLog2e = 1.4426950408889634f;
 
 // How the work is cut: a function of the shape alone, so that results do not depend on the device.
 struct Cut {
-  int columns, lanes, tiles;                                             // of a block: eights of channels, rows; blocks to a row
-  int rows;                                                              // of a chunk
-  int64_t chunks;                                                        // of a sample
+  int columns, lanes;                                         // of a block: eights of channels; rows at once
+  int tiles;                                                  // blocks side by side in a row
+  int rows;                                                   // of a chunk
+  int64_t chunks;                                             // of a sample
 };
 Cut cut(const GroupNorm& a) {
   const int eights = (a.C + kEach - 1) / kEach;
@@ -38,18 +52,23 @@ Cut cut(const GroupNorm& a) {
   c.tiles = (eights + kThreads - 1) / kThreads;
   c.columns = (eights + c.tiles - 1) / c.tiles;
   c.lanes = kThreads / c.columns < kMaxLanes ? kThreads / c.columns : kMaxLanes;
-  const int64_t rows_of_thread = a.B * a.rows * c.tiles / (c.lanes * kWantedBlocks);
-  c.rows = c.lanes * static_cast<int>(rows_of_thread < kMinRows ? kMinRows : rows_of_thread > kMaxRows ? kMaxRows : rows_of_thread);
+  int64_t rows_of_thread = a.B * a.rows * c.tiles / (c.lanes * kWantedBlocks);
+  if (rows_of_thread < kMinRows) rows_of_thread = kMinRows;
+  if (rows_of_thread > kMaxRows) rows_of_thread = kMaxRows;
+  c.rows = c.lanes * static_cast<int>(rows_of_thread);
   c.chunks = (a.rows + c.rows - 1) / c.rows;
   return c;
 }
 int64_t blocks(const GroupNorm& a, const Cut& c) { return a.B * c.chunks * c.tiles; }
 int threads(const Cut& c) { return c.columns * c.lanes; }
 
-// What a thread works on: channels channel .. channel + n - 1 of rows lane, lane + lanes, ... below `rows` of a chunk.
+// What a thread works on: of a chunk of `rows` rows the rows lane, lane + lanes, ..., and of them the
+// channels channel .. channel + n - 1.
 struct Place {
-  int64_t sample, chunk, first;                                          // element of the chunk's first row, at `channel`
-  int rows, lane, column, channel, n;                                    // n <= 0: none
+  int64_t sample, chunk;
+  int64_t first;                                              // element: the first row's, at `channel`
+  int rows, lane, column, channel;
+  int n;                                                      // no channels if n <= 0
 };
 SAE_INLINE Place place(const GroupNorm& a, const Cut& c) {
   Place p;
@@ -99,6 +118,12 @@ SAE_INLINE float* partial(const GroupNorm& a, const Cut& c, const Place& p, int 
   return a.partial + ((p.sample * c.chunks + p.chunk) * kParts + which) * a.C;
 }
 
+// Step 1 of forward. A thread, over its rows of eight channels:
+//   shift = its first row
+//   for the others, four at a time: d = x - shift;  sum += d;  square += d^2
+//   mean = shift - the chunk's first row + sum / count;  square -= sum^2 / count
+// Then, channel by channel, the lanes join by Chan's formula:
+//   partial = the chunk's first row, the mean less that, the sum of squared deviations from the mean
 template <class T, bool kFast>
 __global__ void __launch_bounds__(kThreads, 2) moments_kernel(const GroupNorm a, const Cut c) {
   const Place p = place(a, c);
@@ -110,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 2) moments_kernel(const GroupNorm a,
 #pragma unroll
       for (int i = 0; i < kMomentRows; ++i) {
         const int r = row + i * c.lanes;
-        x[i] = r < p.rows ? load<kFast>(at<const void, const T>(a.x, a, p, r), p.n) : shift;               // of no deviation
+        x[i] = r < p.rows ? load<kFast>(at<const void, const T>(a.x, a, p, r), p.n) : shift;  // deviates by 0
       }
 #pragma unroll
       for (int i = 0; i < kMomentRows; ++i)
@@ -133,16 +158,18 @@ __global__ void __launch_bounds__(kThreads, 2) moments_kernel(const GroupNorm a,
     put(c, p, 1, square);
   }
   __syncthreads();
-  const int lanes = p.rows < c.lanes ? p.rows : c.lanes;                 // that have a row
+
+  const int lanes = p.rows < c.lanes ? p.rows : c.lanes;      // that have a row
+  const auto count = [&](int lane) { return static_cast<float>((p.rows - lane + c.lanes - 1) / c.lanes); };
   for (int i = threadIdx.x; i < c.columns * kEach; i += blockDim.x) {
     const int channel = p.channel - p.column * kEach + i;
     if (channel >= a.C) break;
     float mean = 0.f, square = 0.f;
-    for (int l = 0; l < lanes; ++l) mean += lane_values(c, 0, l)[i] * static_cast<float>((p.rows - l + c.lanes - 1) / c.lanes);
+    for (int l = 0; l < lanes; ++l) mean += lane_values(c, 0, l)[i] * count(l);
     mean /= static_cast<float>(p.rows);
     for (int l = 0; l < lanes; ++l) {
       const float d = lane_values(c, 0, l)[i] - mean;
-      square += __fmaf_rn(d * d, static_cast<float>((p.rows - l + c.lanes - 1) / c.lanes), lane_values(c, 1, l)[i]);
+      square += __fmaf_rn(d * d, count(l), lane_values(c, 1, l)[i]);
     }
     partial(a, c, p, 0)[channel] = load_one(at<const void, const T>(a.x, a, p, 0) - p.channel + channel);
     partial(a, c, p, 1)[channel] = mean;
@@ -150,7 +177,9 @@ __global__ void __launch_bounds__(kThreads, 2) moments_kernel(const GroupNorm a,
   }
 }
 
-// A block to a group of a sample: Chan's formula over its channels and chunks.
+// Step 2 of forward, a block to a group of a sample: Chan's formula over its channels and chunks.
+//   mean = sum of count * chunk mean / n;  square = sum of chunk square + count (chunk mean - mean)^2
+//   rstd = 1 / sqrt(square / n + eps)
 __global__ void __launch_bounds__(kFinishThreads) statistics_kernel(const GroupNorm a, const Cut c) {
   double* shared = shared_memory<double>();
   const int width = a.C / a.groups, g = blockIdx.x % a.groups;
@@ -160,9 +189,12 @@ __global__ void __launch_bounds__(kFinishThreads) statistics_kernel(const GroupN
     const int64_t left = a.rows - chunk * c.rows;
     return static_cast<double>(left < c.rows ? left : c.rows);
   };
-  const auto part = [&](int64_t i, int which) -> double { return parts[(i / width * kParts + which) * a.C + i % width]; };
+  const auto part = [&](int64_t i, int which) -> double {
+    return parts[(i / width * kParts + which) * a.C + i % width];
+  };
   double mean = 0., square = 0.;
-  for (int64_t i = threadIdx.x; i < entries; i += kFinishThreads) mean += (part(i, 0) + part(i, 1)) * count(i / width);
+  for (int64_t i = threadIdx.x; i < entries; i += kFinishThreads)
+    mean += (part(i, 0) + part(i, 1)) * count(i / width);
   mean = block_sum<kFinishThreads>(mean, shared) / static_cast<double>(a.rows * width);
   for (int64_t i = threadIdx.x; i < entries; i += kFinishThreads) {
     const double d = part(i, 0) + part(i, 1) - mean;
@@ -179,10 +211,13 @@ __global__ void __launch_bounds__(kFinishThreads) statistics_kernel(const GroupN
 struct Affine { Eight mean, scale, bias; };
 SAE_INLINE Affine affine(const GroupNorm& a, const Place& p) {
   const float *mean = a.mean + p.sample * a.groups, *rstd = a.rstd + p.sample * a.groups;
-  return {constants(a, p, [&](int, int g) { return mean[g]; }), constants(a, p, [&](int i, int g) { return rstd[g] * a.weight[i]; }),
+  return {constants(a, p, [&](int, int g) { return mean[g]; }),
+          constants(a, p, [&](int i, int g) { return rstd[g] * a.weight[i]; }),
           constants(a, p, [&](int i, int) { return a.bias[i]; })};
 }
 
+// Step 3 of forward. A thread, over its rows of eight channels, two rows at a time:
+//   u = (x - mean) scale + bias;  y = u sigmoid(u)
 template <class T, bool kFast>
 __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const GroupNorm a, const Cut c) {
   const Place p = place(a, c);
@@ -191,8 +226,10 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const GroupNorm a,
   for (int row = p.lane; row < p.rows; row += kForwardRows * c.lanes) {
     Eight x[kForwardRows];
 #pragma unroll
-    for (int i = 0; i < kForwardRows; ++i)
-      if (row + i * c.lanes < p.rows) x[i] = load<kFast>(at<const void, const T>(a.x, a, p, row + i * c.lanes), p.n);
+    for (int i = 0; i < kForwardRows; ++i) {
+      const int r = row + i * c.lanes;
+      if (r < p.rows) x[i] = load<kFast>(at<const void, const T>(a.x, a, p, r), p.n);
+    }
 #pragma unroll
     for (int i = 0; i < kForwardRows; ++i) {
       if (row + i * c.lanes >= p.rows) break;
@@ -211,7 +248,9 @@ SAE_INLINE float silu_gradient(float dy, float u) {
   return dy * sigma * __fmaf_rn(u, 1.f - sigma, 1.f);
 }
 
-// Of each channel of a chunk: sum du, sum du (x - mean)
+// Step 1 of backward. A thread, over its rows of eight channels:
+//   u = (x - mean) scale + bias;  du = dy silu'(u);  sum += du;  product += du (x - mean)
+// Then, channel by channel, the lanes are added up: partial = sum, product.
 template <class T, bool kFast>
 __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const GroupNorm a, const Cut c) {
   const Place p = place(a, c);
@@ -224,7 +263,8 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const GroupNorm a, co
       const Eight dy = load<kFast>(at<const void, const T>(a.dy, a, p, row), p.n);
 #pragma unroll
       for (int j = 0; j < kEach; ++j) {
-        const float d = x.v[j] - k.mean.v[j], du = silu_gradient(dy.v[j], __fmaf_rn(d, k.scale.v[j], k.bias.v[j]));
+        const float d = x.v[j] - k.mean.v[j];
+        const float du = silu_gradient(dy.v[j], __fmaf_rn(d, k.scale.v[j], k.bias.v[j]));
         sum.v[j] += du;
         product.v[j] = __fmaf_rn(du, d, product.v[j]);
       }
@@ -233,20 +273,28 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const GroupNorm a, co
     put(c, p, 1, product);
   }
   __syncthreads();
+
   for (int i = threadIdx.x; i < c.columns * kEach; i += blockDim.x) {
     const int channel = p.channel - p.column * kEach + i;
     if (channel >= a.C) break;
     float sum = 0.f, product = 0.f;
-    for (int l = 0; l < c.lanes; ++l) sum += lane_values(c, 0, l)[i], product += lane_values(c, 1, l)[i];
+    for (int l = 0; l < c.lanes; ++l) {
+      sum += lane_values(c, 0, l)[i];
+      product += lane_values(c, 1, l)[i];
+    }
     partial(a, c, p, 0)[channel] = sum;
     partial(a, c, p, 1)[channel] = product;
   }
 }
 
-// A block to a group of a sample: sum du and sum du xhat of each channel, and the means of both times weight over the group. Threads
-// t, t + width, ... take the chunks of channel t % width in turn; where a group is wider than the block a thread takes many channels.
+// Step 2 of backward, a block to a group of a sample:
+//   of each channel, over the chunks: sum du, and sum du xhat = rstd sum du (x - mean), for parameters_kernel
+//   over the group: offset = rstd mean(weight du), slope = rstd^2 mean(weight du xhat)
+// Threads t, t + width, ... take the chunks of channel t % width in turn; where a group is wider than the
+// block a thread takes many channels.
 __global__ void __launch_bounds__(kFinishThreads) slopes_kernel(const GroupNorm a, const Cut c) {
-  const int width = a.C / a.groups, g = blockIdx.x % a.groups, lanes = width < kFinishThreads ? kFinishThreads / width : 1;
+  const int width = a.C / a.groups, g = blockIdx.x % a.groups;
+  const int lanes = width < kFinishThreads ? kFinishThreads / width : 1;
   const int64_t sample = blockIdx.x / a.groups;
   double *sum = shared_memory<double>(), *product = sum + lanes * width, *shared = product + lanes * width;
   const float* parts = a.partial + sample * c.chunks * kParts * a.C + g * width;
@@ -261,11 +309,15 @@ __global__ void __launch_bounds__(kFinishThreads) slopes_kernel(const GroupNorm 
     product[lane * width + i] = q;
   }
   __syncthreads();
+
   const double rstd = a.rstd[blockIdx.x];
   double du = 0., du_xhat = 0.;
   for (int i = threadIdx.x; i < width; i += kFinishThreads) {
     double s = 0., q = 0.;
-    for (int l = 0; l < lanes; ++l) s += sum[l * width + i], q += product[l * width + i];
+    for (int l = 0; l < lanes; ++l) {
+      s += sum[l * width + i];
+      q += product[l * width + i];
+    }
     q *= rstd;
     a.sums[(sample * 2 + 0) * a.C + g * width + i] = s;
     a.sums[(sample * 2 + 1) * a.C + g * width + i] = q;
@@ -274,22 +326,28 @@ __global__ void __launch_bounds__(kFinishThreads) slopes_kernel(const GroupNorm 
   }
   du = block_sum<kFinishThreads>(du, shared);
   du_xhat = block_sum<kFinishThreads>(du_xhat, shared);
-  if (threadIdx.x == 0) {                                                // dx = scale du - (slope[0] + slope[1] (x - mean))
+  if (threadIdx.x == 0) {                                     // dx = scale du - (offset + slope (x - mean))
     const double count = static_cast<double>(a.rows * width);
     a.slope[(sample * 2 + 0) * a.groups + g] = static_cast<float>(rstd * du / count);
     a.slope[(sample * 2 + 1) * a.groups + g] = static_cast<float>(rstd * rstd * du_xhat / count);
   }
 }
 
+// dbias and dweight, a thread to a channel: the sums over the samples.
 __global__ void __launch_bounds__(kFinishThreads) parameters_kernel(const GroupNorm a) {
   const int i = blockIdx.x * kFinishThreads + threadIdx.x;
   if (i >= a.C) return;
   double dbias = 0., dweight = 0.;
-  for (int64_t b = 0; b < a.B; ++b) dbias += a.sums[2 * b * a.C + i], dweight += a.sums[(2 * b + 1) * a.C + i];
+  for (int64_t b = 0; b < a.B; ++b) {
+    dbias += a.sums[2 * b * a.C + i];
+    dweight += a.sums[(2 * b + 1) * a.C + i];
+  }
   a.dbias[i] = static_cast<float>(dbias);
   a.dweight[i] = static_cast<float>(dweight);
 }
 
+// Step 3 of backward. A thread, over its rows of eight channels:
+//   u = (x - mean) scale + bias;  du = dy silu'(u);  dx = scale du - (offset + slope (x - mean))
 template <class T, bool kFast>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const GroupNorm a, const Cut c) {
   const Place p = place(a, c);
@@ -304,7 +362,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const GroupNorm a
     Eight dy = load<kFast>(at<const void, const T>(a.dy, a, p, row), p.n);
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
-      const float d = x.v[j] - k.mean.v[j], du = silu_gradient(dy.v[j], __fmaf_rn(d, k.scale.v[j], k.bias.v[j]));
+      const float d = x.v[j] - k.mean.v[j];
+      const float du = silu_gradient(dy.v[j], __fmaf_rn(d, k.scale.v[j], k.bias.v[j]));
       dy.v[j] = __fmaf_rn(k.scale.v[j], du, -__fmaf_rn(d, slope.v[j], offset.v[j]));
     }
     store<kFast>(at<void, T>(a.dx, a, p, row), dy, p.n);
@@ -321,20 +380,26 @@ int64_t norm_partials(const GroupNorm& a) { return a.B * cut(a).chunks * kParts 
 const char* group_norm_silu_forward(const GroupNorm& a, void* stream) {
   const Cut c = cut(a);
   const bool fast = a.C % kEach == 0;
-  if (const char* error = SAE_LAUNCH(moments_kernel, a.type, fast, blocks(a, c), threads(c), lane_memory(c), a, c)) return error;
-  if (const char* error = launch(statistics_kernel, a.B * a.groups, kFinishThreads, kFinishShared, stream, a, c)) return error;
-  return SAE_LAUNCH(forward_kernel, a.type, fast, blocks(a, c), threads(c), 0, a, c);
+  const char* error =
+      SAE_LAUNCH(moments_kernel, a.type, fast, blocks(a, c), threads(c), lane_memory(c), stream, a, c);
+  if (!error) error = launch(statistics_kernel, a.B * a.groups, kFinishThreads, kFinishShared, stream, a, c);
+  if (error) return error;
+  return SAE_LAUNCH(forward_kernel, a.type, fast, blocks(a, c), threads(c), 0, stream, a, c);
 }
+
 const char* group_norm_silu_backward(const GroupNorm& a, void* stream) {
   const Cut c = cut(a);
   const bool fast = a.C % kEach == 0;
-  if (const char* error = SAE_LAUNCH(sums_kernel, a.type, fast, blocks(a, c), threads(c), lane_memory(c), a, c)) return error;
-  const int width = a.C / a.groups, entries = width < kFinishThreads ? kFinishThreads / width * width : width;
+  const int width = a.C / a.groups;
+  const int entries = width < kFinishThreads ? kFinishThreads / width * width : width;
   const size_t shared = 2 * entries * sizeof(double) + kFinishShared;
-  if (const char* error = launch(slopes_kernel, a.B * a.groups, kFinishThreads, shared, stream, a, c)) return error;
   const int parameter_blocks = (a.C + kFinishThreads - 1) / kFinishThreads;
-  if (const char* error = launch(parameters_kernel, parameter_blocks, kFinishThreads, 0, stream, a)) return error;
-  return SAE_LAUNCH(backward_kernel, a.type, fast, blocks(a, c), threads(c), 0, a, c);
+  const char* error =
+      SAE_LAUNCH(sums_kernel, a.type, fast, blocks(a, c), threads(c), lane_memory(c), stream, a, c);
+  if (!error) error = launch(slopes_kernel, a.B * a.groups, kFinishThreads, shared, stream, a, c);
+  if (!error) error = launch(parameters_kernel, parameter_blocks, kFinishThreads, 0, stream, a);
+  if (error) return error;
+  return SAE_LAUNCH(backward_kernel, a.type, fast, blocks(a, c), threads(c), 0, stream, a, c);
 }
 
 }  // namespace cuda

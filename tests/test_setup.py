@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-RUN_TIME = {"torch", "torchvision", "numpy", "PIL", "lpips", "scipy", "tqdm"}          # lpips brings torchvision and tqdm
+RUN_TIME = {"torch", "numpy", "PIL", "scipy", "lpips", "torchvision", "tqdm"}  # lpips brings the last two
 
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 
 
 @pytest.fixture
@@ -28,7 +29,8 @@ def tree(tmp_path):
 
 def environment(**env):
     """Without what a `make test` around this one has set."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "SAE_TEST_DATA"))} | env
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "SAE_TEST_DATA"))}
+    return inherited | env
 
 
 def make(tree, *args):
@@ -52,12 +54,14 @@ def test_the_demo_installs_no_test_oracles_and_the_tests_do(tree):
 @needs_make
 def test_torch_is_installed_before_the_package_that_is_built_against_it(tree):
     lines = make(tree, "-n", "setup").stdout.splitlines()
-    torch, package = [next(i for i, line in enumerate(lines) if word in line) for word in ("'torch>=2.11'", "-e .")]
+    torch, package = [next(i for i, line in enumerate(lines) if word in line)
+                      for word in ("'torch>=2.11'", "-e .")]
     assert torch < package and "--no-build-isolation" in lines[package]
 
 
 @needs_make
-@pytest.mark.parametrize("goal, done", [("setup", ["torch", "setup"]), (".venv/test.stamp", ["torch", "test"])])
+@pytest.mark.parametrize("goal, done", [("setup", ["torch", "setup"]),
+                                        (".venv/test.stamp", ["torch", "test"])])
 def test_a_second_run_installs_nothing_until_a_source_changes(tree, goal, done):
     assert make(tree, "-q", goal).returncode == 1
     stamps(tree, *done)
@@ -69,15 +73,55 @@ def test_a_second_run_installs_nothing_until_a_source_changes(tree, goal, done):
 
 
 @needs_make
-@pytest.mark.parametrize("version", [(3, 9, 18), (3, 14, 0), (2, 7, 18)])
-def test_an_unsuited_python_is_refused_before_anything_is_made(tree, version):
+@pytest.mark.parametrize("version, refused", [((2, 7, 18), True), ((3, 9, 18), True), ((3, 10, 0), False),
+                                              ((3, 14, 0), False), ((3, 20, 0), False)])
+def test_a_python_before_3_10_is_refused_before_anything_is_made(tree, version, refused):
     fake = tree / "python"
     pretend = f"import sys; sys.version_info = {version}; exec(sys.argv[2])"
     fake.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c '{pretend}' \"$@\"\n")
     fake.chmod(0o755)
-    run = make(tree, "setup", f"PYTHON={fake}")
-    assert run.returncode and f"is Python {version[0]}.{version[1]}; S-AE needs 3.10 to 3.13" in run.stderr
+    run = make(tree, "setup", f"PYTHON={fake}")              # of an interpreter that is taken the venv fails
+    assert run.returncode
+    assert (f"is Python {version[0]}.{version[1]}; S-AE needs 3.10 or newer" in run.stderr) == refused
     assert not (tree / ".venv").exists()
+
+
+def setup_py(tmp_path, *command, **env):
+    command = command or ("build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp")
+    return subprocess.run([sys.executable, "setup.py", "-q", *command], cwd=ROOT, env=environment(**env),
+                          capture_output=True, text=True)
+
+
+def test_setup_says_when_there_is_no_compiler(tmp_path):
+    run = setup_py(tmp_path, "--name", PATH=str(tmp_path))
+    assert run.returncode == 0 and "no C++ compiler: the reference ops serve" in run.stderr
+
+
+def test_a_compiler_without_cpp20_is_no_reason_to_fail(tmp_path):
+    old = tmp_path / "old-c++"
+    old.write_text("#!/bin/sh\ncase \"$*\" in *-std=c++20*) echo \"unknown option\" >&2; exit 1;; esac\n")
+    old.chmod(0o755)
+    run = setup_py(tmp_path, CXX=str(old))
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == f"setup.py: {old} does not compile C++20: the reference ops serve\n"
+    assert not (tmp_path / "lib").exists()
+
+
+@needs_compiler
+@pytest.mark.parametrize("missing", ["ninja", "torch"])
+def test_under_build_isolation_one_sentence_gives_the_right_command(tmp_path, missing):
+    (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError('none here', name='{missing}')")
+    run = setup_py(tmp_path, PYTHONPATH=str(tmp_path))
+    assert run.returncode and run.stderr.count("\n") == 1
+    assert run.stderr.startswith(f"setup.py: no {missing} to build with: ")
+    assert "`pip install --no-build-isolation -e .`" in run.stderr
+
+
+@needs_compiler
+def test_an_unknown_architecture_is_refused(tmp_path):
+    run = setup_py(tmp_path, TORCH_CUDA_ARCH_LIST="Hopper")
+    assert run.returncode
+    assert "setup.py: TORCH_CUDA_ARCH_LIST has 'Hopper'; give numbers such as 8.0;9.0+PTX" in run.stderr
 
 
 @pytest.fixture
@@ -90,7 +134,9 @@ def ci(tmp_path):
 
     def run(**env):
         script = [clone / ".ci" / "run"]
-        return subprocess.run(script, env=environment(**env), cwd="/", capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(script, env=environment(**env), cwd="/", capture_output=True, text=True,
+                              check=True)
+        return done.stdout.strip()
     return run
 
 
@@ -111,9 +157,10 @@ def test_the_check_fails_when_a_test_fails(ci, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("*.py") if path.name != "setup.py"))
 def test_the_program_imports_run_time_packages_alone(name):
-    """Imports at the top of a file; what is imported inside a function is optional and checked by its own tests."""
+    """Imports at the top of a file. What a function imports is optional; its own tests check it."""
     tree = ast.parse((ROOT / name).read_text())
     imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-    foreign = {module.split(".")[0] for module in imported} - set(sys.stdlib_module_names) - {"sae", "train", "eval"}
+    ours = {"sae", "train", "eval"}
+    foreign = {module.split(".")[0] for module in imported} - set(sys.stdlib_module_names) - ours
     assert foreign <= RUN_TIME

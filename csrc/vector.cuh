@@ -1,13 +1,10 @@
-// Shared by the kernels that stream tensors through registers: eight values a thread, in one load of 16 bytes or two.
+// Shared by the kernels that stream tensors through registers (gaussian.cu, norm.cu): a thread works on eight
+// neighbouring values, which it loads by 16 bytes where the shape allows it and one by one elsewhere.
 #pragma once
-#include "cuda.h"
-#include "simt.cuh"
+#include "kernels.h"
+#include "ptx.cuh"
 
-#ifdef __CUDACC__
 #define SAE_INLINE __device__ __forceinline__
-#else
-#define SAE_INLINE inline
-#endif
 
 namespace sae {
 namespace cuda {
@@ -15,17 +12,19 @@ namespace {
 
 constexpr int kEach = 8;
 
-// Pointers are to global memory. One of the fast path is aligned to 16 bytes; the other path reads or writes the first n values alone.
-// No kernel writes what it loads here (__ldg), or reads what it stores.
+// Pointers are to global memory. On the fast path they are aligned to 16 bytes; the other path reads or
+// writes the first n values alone. No kernel writes what it loads here (__ldg), or reads what it stores.
 struct Eight { float v[kEach]; };
 SAE_INLINE Eight load(const float* p) {
-  const float4 x = __ldg(reinterpret_cast<const float4*>(p)), y = __ldg(reinterpret_cast<const float4*>(p) + 1);
+  const float4* const from = reinterpret_cast<const float4*>(p);
+  const float4 x = __ldg(from), y = __ldg(from + 1);
   return {{x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w}};
 }
 SAE_INLINE void store(float* p, const Eight& e) {
 #pragma unroll
   for (int i = 0; i < kEach; i += 4)
-    store_16(p + i, __float_as_uint(e.v[i]), __float_as_uint(e.v[i + 1]), __float_as_uint(e.v[i + 2]), __float_as_uint(e.v[i + 3]));
+    store_16(p + i, __float_as_uint(e.v[i]), __float_as_uint(e.v[i + 1]), __float_as_uint(e.v[i + 2]),
+             __float_as_uint(e.v[i + 3]));
 }
 template <class T>
 SAE_INLINE Eight load(const T* p) {
@@ -35,7 +34,8 @@ SAE_INLINE Eight load(const T* p) {
 }
 template <class T>
 SAE_INLINE void store(T* p, const Eight& e) {
-  store_16(p, pack<T>(e.v[0], e.v[1]), pack<T>(e.v[2], e.v[3]), pack<T>(e.v[4], e.v[5]), pack<T>(e.v[6], e.v[7]));
+  store_16(p, pack<T>(e.v[0], e.v[1]), pack<T>(e.v[2], e.v[3]), pack<T>(e.v[4], e.v[5]),
+           pack<T>(e.v[6], e.v[7]));
 }
 SAE_INLINE float load_one(const float* p) { return *p; }
 template <class T>
@@ -79,11 +79,11 @@ SAE_INLINE double block_sum(double v, double* shared) {
   return shared[0];
 }
 
-// kernel<T, fast>(arguments...) for a type that is known at run time
-#define SAE_LAUNCH(kernel, type, fast, blocks, threads, shared, ...)                                                                    \
-  (type == Type::f32    ? launch(fast ? kernel<float, true> : kernel<float, false>, blocks, threads, shared, stream, __VA_ARGS__)       \
-   : type == Type::bf16 ? launch(fast ? kernel<bf16_t, true> : kernel<bf16_t, false>, blocks, threads, shared, stream, __VA_ARGS__)     \
-                        : launch(fast ? kernel<fp16_t, true> : kernel<fp16_t, false>, blocks, threads, shared, stream, __VA_ARGS__))
+// launch(kernel<T, fast>, blocks, threads, shared, stream, arguments...) for a type that is known at run time
+#define SAE_LAUNCH(kernel, type, fast, ...)                                                        \
+  (type == Type::f32    ? launch(fast ? kernel<float, true> : kernel<float, false>, __VA_ARGS__)   \
+   : type == Type::bf16 ? launch(fast ? kernel<bf16_t, true> : kernel<bf16_t, false>, __VA_ARGS__) \
+                        : launch(fast ? kernel<fp16_t, true> : kernel<fp16_t, false>, __VA_ARGS__))
 
 }  // namespace
 }  // namespace cuda

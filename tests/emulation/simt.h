@@ -1,17 +1,24 @@
-// A GPU played on the host, as far as the kernels of this folder need one. Each thread of a block is a fiber; one OS thread runs the
-// fibers of a block and switches only at barriers and warp collectives. What it checks beyond arithmetic:
-//  * order: between two __syncthreads a warp runs until it waits before the next warp starts, in ascending or descending order
-//    (the environment's EMU_ORDER, 0 or 1), the schedules furthest from lockstep: a missing barrier gives wrong numbers in one of them;
-//  * races: built with -fsanitize=thread every fiber is a thread to ThreadSanitizer, and only barriers order them;
+// A GPU played on the host, as far as the kernels of csrc/ need one: included before a .cu file
+// (g++ -include) it takes the place of csrc/ptx.cuh. Each thread of a block is a fiber; one OS thread runs
+// the fibers of a block and switches only at barriers and warp collectives. What it checks beyond arithmetic:
+//  * order: between two __syncthreads a warp runs until it waits before the next warp starts, in ascending or
+//    descending order (the environment's EMU_ORDER, 0 or 1), the schedules furthest from lockstep: a missing
+//    barrier gives wrong numbers in one of them;
+//  * races: built with -fsanitize=thread every fiber is a thread to ThreadSanitizer, and only barriers order
+//    them;
 //  * bounds: shared memory is a heap block of exactly the size of the launch, for AddressSanitizer;
-//  * initialisation: shared memory starts as NaN, and an asynchronous copy lands when it is waited for and not before;
+//  * initialisation: shared memory starts as NaN, and an asynchronous copy lands when it is waited for and
+//    not before;
 //  * convergence: a barrier or a collective that some threads do not reach aborts with one line.
 // It says nothing about PTX text, speed or bank conflicts.
 #pragma once
+#define SAE_PTX                                               // csrc/ptx.cuh is not wanted
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -37,6 +44,8 @@
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
 
+struct bf16_t { uint16_t bits; };
+struct fp16_t { uint16_t bits; };
 struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
@@ -67,9 +76,12 @@ struct Block {
   void *asan_main = nullptr, *tsan_main = nullptr;
   const void* main_stack = nullptr;
   size_t main_size = 0;
-  char barrier = 0, *start = nullptr, *end = nullptr, warp_barrier[32]{};
+  char barrier = 0, *start = nullptr, *end = nullptr;
 
-  Block(int n, size_t bytes) : fibers(n), size((bytes + 127) / 128 * 128 + 128), shared((unsigned char*)std::aligned_alloc(128, size)) {
+  Block(int n, size_t bytes)
+      : fibers(n),
+        size((bytes + 127) / 128 * 128 + 128),
+        shared(static_cast<unsigned char*>(std::aligned_alloc(128, size))) {
     std::memset(shared, 0xff, size);                          // NaN in every format
 #if defined(__SANITIZE_ADDRESS__)
     __asan_poison_memory_region(shared + bytes, size - bytes);
@@ -98,7 +110,8 @@ EMU_UNSEEN inline void swap(Fiber& f, bool enter) {
   if (enter)
     __sanitizer_start_switch_fiber(&block->asan_main, f.stack, kStack);
   else
-    __sanitizer_start_switch_fiber(f.state == Fiber::kDone ? nullptr : &f.asan, block->main_stack, block->main_size);
+    __sanitizer_start_switch_fiber(f.state == Fiber::kDone ? nullptr : &f.asan, block->main_stack,
+                                   block->main_size);
 #endif
 #if defined(__SANITIZE_THREAD__)
   __tsan_switch_to_fiber(enter ? f.tsan : block->tsan_main, __tsan_switch_to_fiber_no_sync);
@@ -131,7 +144,7 @@ EMU_UNSEEN inline void wait(decltype(Fiber::state) state) {
   swap(f, false);
 }
 EMU_UNSEEN inline void die(const char* what) {
-  std::fprintf(stderr, "simt_emu: %s in block %u\n", what, block->index.x);
+  std::fprintf(stderr, "emulation: %s in block %u\n", what, block->index.x);
   std::abort();
 }
 EMU_UNSEEN inline void entry() {
@@ -185,7 +198,7 @@ EMU_UNSEEN inline void launch(int64_t blocks, int threads, size_t shared, const 
   char start = 0, end = 0;
   for (int64_t b = 0; b < blocks; ++b) {
     size_t first_stack = 0;
-#if defined(__SANITIZE_THREAD__)                              // must not see memory used again, or it would order the blocks
+#if defined(__SANITIZE_THREAD__)  // must not see memory used again, or it would order the blocks
     first_stack = stacks.size();
 #else
     memory.clear();
@@ -224,7 +237,8 @@ struct Mail {
   template <class T>
   EMU_UNSEEN T at(int lane) const {
     T v{};
-    if (size_t(warp + lane) < block->fibers.size()) std::memcpy(&v, block->fibers[warp + lane].mail[box], sizeof v);
+    if (size_t(warp + lane) < block->fibers.size())
+      std::memcpy(&v, block->fibers[warp + lane].mail[box], sizeof v);
     return v;
   }
 };
@@ -278,7 +292,9 @@ inline T* shared_memory() { return reinterpret_cast<T*>(emu::block->shared); }
 template <class T>
 inline float2 unpack(uint32_t v);
 template <>
-inline float2 unpack<bf16_t>(uint32_t v) { return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)}; }
+inline float2 unpack<bf16_t>(uint32_t v) {
+  return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)};
+}
 template <>
 inline float2 unpack<fp16_t>(uint32_t v) {
   _Float16 h[2];
@@ -309,7 +325,9 @@ inline void emu_ldmatrix(uint32_t (&r)[4], const void* row) {
   const emu::Mail mail = emu::post(row);
   const int l = emu::lane();
   for (int m = 0; m < 4; ++m) {
-    const auto at = [&](int i, int j) { return static_cast<const uint16_t*>(mail.at<const void*>(8 * m + i))[j]; };
+    const auto at = [&](int i, int j) {
+      return static_cast<const uint16_t*>(mail.at<const void*>(8 * m + i))[j];
+    };
     const uint32_t low = kTrans ? at(l % 4 * 2, l / 4) : at(l / 4, l % 4 * 2);
     const uint32_t high = kTrans ? at(l % 4 * 2 + 1, l / 4) : at(l / 4, l % 4 * 2 + 1);
     r[m] = low | high << 16;
@@ -318,8 +336,10 @@ inline void emu_ldmatrix(uint32_t (&r)[4], const void* row) {
 inline void ldmatrix(uint32_t (&r)[4], const void* row) { emu_ldmatrix<false>(r, row); }
 inline void ldmatrix_trans(uint32_t (&r)[4], const void* row) { emu_ldmatrix<true>(r, row); }
 
-// Register i of lane l holds a[l / 4 + 8 (i & 1)][l % 4 * 2 + 8 (i >> 1) ..+1], b[l % 4 * 2 + 8 i ..+1][l / 4], and
-// d[l / 4 + 8 (i >> 1)][l % 4 * 2 + (i & 1)].
+// csrc/attention_mma.cu draws the layout. Register i of lane l holds
+//   a[l / 4 + 8 (i & 1)][l % 4 * 2 + 8 (i >> 1)] and the next column,
+//   b[l % 4 * 2 + 8 i][l / 4] and the next row,
+//   d[l / 4 + 8 (i >> 1)][l % 4 * 2 + (i & 1)].
 template <class T>
 inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct A { uint32_t v[4]; };
@@ -349,7 +369,9 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
     for (int k = 0; k < 16; ++k) d[i] += rows[i >> 1][k] * cols[i & 1][k];
 }
 
-inline void copy_async(void* to, const void* from, bool valid) { emu::block->current->copies.push_back({to, from, valid}); }
+inline void copy_async(void* to, const void* from, bool valid) {
+  emu::block->current->copies.push_back({to, from, valid});
+}
 inline void copy_async_wait() {
   std::vector<emu::Copy> copies;
   copies.swap(emu::block->current->copies);
@@ -362,7 +384,8 @@ inline void copy_async_wait() {
 }
 
 template <class... P, class... A>
-inline const char* launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared, void*, A... args) {
+inline const char* launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared, void*,
+                          A... args) {
   emu::launch(blocks, threads, shared, [=] { kernel(args...); });
   return nullptr;
 }

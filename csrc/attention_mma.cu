@@ -1,0 +1,591 @@
+// O = softmax(Q K^T / 8) V for bf16 and fp16 on tensor cores, Q and K turned by RoPE, and its backward, from
+// the packed projection [B,N,3,H,64]. Read attention_fp32.cu first: it is the same without tensor cores.
+//
+// A warp owns 32 rows in registers and streams the other side, which lies in shared memory:
+//   forward   owns queries, streams K, V     S = Q K^T, online softmax, O += P V        writes O, lse
+//   dQ        owns queries, streams K, V     P = 2^(S - lse), dS = P (dO V^T - delta),
+//                                            dQ += dS K                                 writes dQ, delta
+//   dK, dV    owns keys, streams Q, dO       S^T = K Q^T, dV += P^T dO,
+//                                            dP^T = V dO^T, dK += dS^T Q                writes dK, dV
+// with delta = rowsum(dO O). Each result has one writer: no atomics, always the same bits. Backward needs
+// qkv, O and lse, and computes P again.
+//
+// Why not a general flash attention: N is 261 = 2 * 128 + 5 at 256 x 256 pixels. Tiles of 128 do 384^2 of
+// work for 261^2; rows in steps of 16 do 272^2, and all of a head's K and V fit in shared memory.
+//
+// Grid: a block of 3 warps for every 96 rows of every (image, head): N 261 takes 3 blocks.
+// Shared memory: 272 rows of both streamed tensors, 68 KB; a longer side comes in several chunks. A
+//   multiprocessor of sm_90 has room for three such blocks, one of sm_80 for two, and one of sm_86 or sm_89,
+//   with its 100 KB, for one.
+// Registers (sm_90): forward 168, which allows 3 blocks; dQ 242, dK and dV 255, which allow 2.
+// Bytes at B 16, N 261, H 20: forward reads 32 and writes 11 MB (10 us at 4.3 TB/s); backward moves twice as
+//   many. RoPE and attention of eager PyTorch move three times as many.
+//
+// RoPE costs no pass over memory: Q turns in registers, where the pair (i, i + 32) sits in one lane; K turns
+// in shared memory; dQ and dK turn back before they are stored. What is streamed comes by cp.async.
+//
+// A warp owns 32 rows, not 16, so that each operand that ldmatrix reads from shared memory feeds two
+// products: reading it is otherwise the bottleneck.
+//
+// The product of tensor cores, mma.m16n8k16: D[16,8] += A[16,16] B[16,8], spread over the lanes L0 .. L31 of
+// a warp. With g = lane / 4 a lane holds values of rows g and g + 8 of A and D, and of column g of B:
+//
+//           A: 4 registers of 2 values               B: 2 registers              D: 4 floats
+//       k   0 1   2 3   4 5   6 7 | 8 9 .. 14 15    n   0    1  ..  7      n   0 1   2 3   4 5   6 7
+//   row 0   L0    L1    L2    L3  | L0  ..  L3    k 0   L0   L4 .. L28  row 0  L0    L1    L2    L3
+//   row 1   L4    L5    L6    L7  | L4  ..  L7    k 1   L0   L4 .. L28  row 1  L4    L5    L6    L7
+//    ..         register a0       |     a2        k 2   L1   L5 .. L29   ..         d0 d1
+//   row 7   L28   L29   L30   L31 | L28 ..  L31    ..      b0           row 7  L28   L29   L30   L31
+//   ------------------------------+------------   k 7   L3   L7 .. L31  -------------------------------
+//   row 8   L0    L1    L2    L3  | L0  ..  L3    -------------------   row 8  L0    L1    L2    L3
+//    ..         register a1       |     a3        k 8   L0   L4 .. L28   ..         d2 d3
+//   row 15  L28   L29   L30   L31 | L28 ..  L31    ..      b1           row 15 L28   L29   L30   L31
+//
+// So the D of two products side by side, [16,16], packed to 16 bits, is the A of a next product, lane by
+// lane: P never leaves the registers between S = Q K^T and O += P V.
+#include "attention.cuh"
+
+namespace sae {
+namespace cuda {
+namespace {
+
+using u16 = uint16_t;
+constexpr int kTiles = 2;                                     // of 16 rows, owned by a warp
+constexpr int kWarps = 3, kThreads = 32 * kWarps;
+constexpr int kRowsOfBlock = 16 * kTiles * kWarps;            // 96: N 261 takes three blocks
+#ifndef SAE_CHUNK_ROWS
+#define SAE_CHUNK_ROWS 272                                    // N 261 in one piece; tests take fewer
+#endif
+constexpr int kChunkRows = SAE_CHUNK_ROWS;                    // streamed rows in shared memory at a time
+constexpr int kStep = 32, kStepBackward = 16;                 // of which a warp takes so many at a time
+constexpr size_t kTwoTiles = 2 * kChunkRows * D * sizeof(u16);
+
+// The first of the 32 rows that this warp owns.
+__device__ inline int first_row(const Place& p) {
+  return p.tile * kRowsOfBlock + threadIdx.x / 32 * 16 * kTiles;
+}
+
+// ------------------------------------------------------------------ shared memory: rows of 128 bytes
+
+// A row is 8 cells of 16 bytes. XOR with the row's number moves its cells, so that the 8 rows of one column,
+// which ldmatrix reads together, lie in all 32 banks. row0 must be a multiple of 8.
+__device__ inline u16* cell(u16* tile, int row0, int row, int column) {
+  return tile + (row0 + row) * D + ((column ^ (row & 7)) << 3);
+}
+
+// Rows first .. first + rows - 1 of src -> tile; zeros past row n.
+__device__ inline void load_tile(u16* tile, Rows<const u16> src, int first, int rows, int n) {
+  for (int i = threadIdx.x; i < rows * 8; i += kThreads) {
+    const int r = i / 8, t = first + r;
+    copy_async(cell(tile, 0, r, i % 8), src[t < n ? t : 0] + i % 8 * 8, t < n);
+  }
+}
+// The same, for `turn_tile`: a thread copies both cells of the pairs that it will turn.
+__device__ inline void load_tile_of_pairs(u16* tile, Rows<const u16> src, int first, int rows, int n) {
+  for (int i = threadIdx.x; i < rows * 4; i += kThreads) {
+    const int r = i / 4, t = first + r;
+    const u16* from = src[t < n ? t : 0] + i % 4 * 8;
+    copy_async(cell(tile, 0, r, i % 4), from, t < n);
+    copy_async(cell(tile, 0, r, i % 4 + 4), from + 32, t < n);
+  }
+}
+
+// Two pairs: the values of `low` are the first ones, those of `high` the second ones.
+template <class T>
+__device__ inline void turn_pairs(uint32_t& low, uint32_t& high, float2 angle0, float2 angle1) {
+  float2 x = unpack<T>(low), y = unpack<T>(high);
+  turn(x.x, y.x, angle0);
+  turn(x.y, y.y, angle1);
+  low = pack<T>(x.x, x.y);
+  high = pack<T>(y.x, y.y);
+}
+
+// RoPE of a tile, where it lies and after it has landed: all loads of memory are under way at once, and no
+// register waits for one.
+template <class T>
+__device__ inline void turn_tile(u16* tile, int first, int rows, const Attention& a) {
+  constexpr int kRows = kThreads / 4;                         // at a time
+  const int c = threadIdx.x % 4;
+  int r = threadIdx.x / 4, x = first + r - a.prefix;
+  int y = x > 0 ? x / a.w : 0;                                // row and column of the patch
+  x -= y * a.w;
+  for (; r < rows && first + r < a.N; r += kRows, x += kRows) {
+    for (; x >= a.w; x -= a.w) ++y;
+    if (x < 0) continue;                                      // CLS and registers have no position
+    const float4* angle = reinterpret_cast<const float4*>(angles(a, y, x, c * 8));
+    const float4 p = angle[0], q = angle[1], u = angle[2], v = angle[3];
+    uint4* low = reinterpret_cast<uint4*>(cell(tile, 0, r, c));
+    uint4* high = reinterpret_cast<uint4*>(cell(tile, 0, r, c + 4));
+    uint4 e = *low, f = *high;
+    turn_pairs<T>(e.x, f.x, make_float2(p.x, p.y), make_float2(p.z, p.w));
+    turn_pairs<T>(e.y, f.y, make_float2(q.x, q.y), make_float2(q.z, q.w));
+    turn_pairs<T>(e.z, f.z, make_float2(u.x, u.y), make_float2(u.z, u.w));
+    turn_pairs<T>(e.w, f.w, make_float2(v.x, v.y), make_float2(v.z, v.w));
+    *low = e;
+    *high = f;
+  }
+}
+
+// ------------------------------------------------------------------ registers: 16 rows of 64 values
+
+struct Operand { uint32_t v[4][4]; };                         // four A side by side: [step of k][register]
+struct Sum { float v[8][4]; };                                // eight D side by side: [8 columns][register]
+
+__device__ inline void load_operand(Operand& f, Rows<const u16> src, int row0, int n) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = row0 + lane / 4 + (i & 1) * 8, c = k * 16 + lane % 4 * 2 + (i >> 1) * 8;
+      f.v[k][i] = r < n ? *reinterpret_cast<const uint32_t*>(src[r] + c) : 0;
+    }
+}
+
+// Columns c and c + 32 are two steps of k apart, in the same register of the same lane.
+template <class T>
+__device__ inline void turn_operand(Operand& f, int row0, const Attention& a) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int r = row0 + lane / 4 + half * 8;
+    if (r < a.prefix || r >= a.N) continue;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const float2* angle = angles(a, r, k * 16) + lane % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        turn_pairs<T>(f.v[k][2 * i + half], f.v[k + 2][2 * i + half], angle[8 * i], angle[8 * i + 1]);
+    }
+  }
+}
+
+__device__ inline void turn_back_sum(Sum& s, int row0, const Attention& a) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int r = row0 + lane / 4 + half * 8;
+    if (r < a.prefix || r >= a.N) continue;
+#pragma unroll
+    for (int d = 0; d < 4; ++d) {
+      const float2* angle = angles(a, r, d / 2 * 16) + d % 2 * 8 + lane % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) turn_back(s.v[d][2 * half + i], s.v[d + 4][2 * half + i], angle[i]);
+    }
+  }
+}
+
+// The rows of s below n, times scale0 (rows 0-7) and scale1 (rows 8-15).
+template <class T>
+__device__ inline void store_sum(Rows<u16> dst, const Sum& s, int row0, int n, float scale0, float scale1) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int r = row0 + lane / 4 + half * 8;
+    if (r >= n) continue;
+    const float scale = half ? scale1 : scale0;
+#pragma unroll
+    for (int d = 0; d < 8; ++d) {
+      const uint32_t two = pack<T>(s.v[d][2 * half] * scale, s.v[d][2 * half + 1] * scale);
+      *reinterpret_cast<uint32_t*>(dst[r] + d * 8 + lane % 4 * 2) = two;
+    }
+  }
+}
+
+// ------------------------------------------------------------------ products of a warp
+
+// What a product of owned by streamed rows gives: [kTiles][8 columns][register].
+template <int kColumns>
+using Scores = float[kTiles][kColumns][4];
+
+// s[16 kTiles, 8 kColumns] = A X^T with X the tile's rows from row0 on.
+template <class T, int kColumns>
+__device__ inline void product_transposed(Scores<kColumns>& s, const Operand (&a)[kTiles], u16* tile,
+                                          int row0) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) s[t][j][0] = s[t][j][1] = s[t][j][2] = s[t][j][3] = 0.f;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t b[4];                                          // the B of two steps of k
+      ldmatrix(b, cell(tile, row0 + j * 8, lane % 8, half * 4 + lane / 8));
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        mma<T>(s[t][j], a[t].v[2 * half], b[0], b[1]);
+        mma<T>(s[t][j], a[t].v[2 * half + 1], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// sum[16 kTiles, 64] += P X, P[16 kTiles, 8 kColumns]. P is packed from D to A, lane by lane.
+template <class T, int kColumns>
+__device__ inline void product_add(Sum (&sum)[kTiles], const Scores<kColumns>& p, u16* tile, int row0) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k < kColumns / 2; ++k) {
+    uint32_t a[kTiles][4];
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      a[t][0] = pack<T>(p[t][2 * k][0], p[t][2 * k][1]);
+      a[t][1] = pack<T>(p[t][2 * k][2], p[t][2 * k][3]);
+      a[t][2] = pack<T>(p[t][2 * k + 1][0], p[t][2 * k + 1][1]);
+      a[t][3] = pack<T>(p[t][2 * k + 1][2], p[t][2 * k + 1][3]);
+    }
+#pragma unroll
+    for (int d = 0; d < 4; ++d) {
+      uint32_t b[4];                                          // the B of two products side by side
+      ldmatrix_trans(b, cell(tile, row0 + k * 16, lane % 16, d * 2 + lane / 16));
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        mma<T>(sum[t].v[2 * d], a[t], b[0], b[1]);
+        mma<T>(sum[t].v[2 * d + 1], a[t], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// The columns at and past `left` belong to no token.
+template <int kColumns>
+__device__ inline void mask(Scores<kColumns>& s, int column0, int left, float value) {
+  if (column0 + 8 * kColumns <= left) return;
+  const int column = column0 + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (column + j * 8 + (i & 1) >= left) s[t][j][i] = value;
+}
+
+// ------------------------------------------------------------------ forward
+
+// Of the 32 rows: the output so far, and of each row its reference score m and the sum l of 2^(s - m).
+template <class T>
+struct Softmax {
+  Sum o[kTiles];
+  float m[kTiles][2], l[kTiles][2];
+
+  // m follows the row's maximum only when that has grown by more than kSlack (2^8 is harmless in P and in the
+  // sum), so the output is seldom rescaled: at N 261 about once.
+  static constexpr float kSlack = 8.f / kScoreScale;
+
+  __device__ inline void reset() {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      o[t] = Sum{};
+      m[t][0] = m[t][1] = -INFINITY;
+      l[t][0] = l[t][1] = 0.f;
+    }
+  }
+
+  // 8 kColumns keys, the rows from k0 on of the tiles:
+  //   S = Q K^T, -infinity past the last key
+  //   if a row's maximum is above its m + slack: shrink l and o by 2^(m - maximum); m = maximum
+  //   P = 2^(S - m);  l += a lane's share of rowsum P;  o += P V
+  template <int kColumns>
+  __device__ inline void step(const Operand (&q)[kTiles], u16* ks, u16* vs, int k0, int left) {
+    Scores<kColumns> s;
+    product_transposed<T, kColumns>(s, q, ks, k0);
+    mask<kColumns>(s, k0, left, -INFINITY);
+    follow_maximum<kColumns>(s);
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float shift = m[t][half] == -INFINITY ? 0.f : m[t][half] * kScoreScale;
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j)
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            s[t][j][i] = fast_exp2(s[t][j][i] * kScoreScale - shift);
+            l[t][half] += s[t][j][i];
+          }
+      }
+    product_add<T, kColumns>(o, s, vs, k0);
+  }
+
+  template <int kColumns>
+  __device__ inline void follow_maximum(const Scores<kColumns>& s) {
+    float top[kTiles][2];
+    bool grown = false;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float x = s[t][0][2 * half];
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) x = fmaxf(x, fmaxf(s[t][j][2 * half], s[t][j][2 * half + 1]));
+        top[t][half] = quad_max(x);
+        grown |= top[t][half] > m[t][half] + kSlack;
+      }
+    if (!__any_sync(~0u, grown)) return;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float next = fmaxf(m[t][half], top[t][half]);
+        const float shrink = m[t][half] == next ? 1.f : fast_exp2((m[t][half] - next) * kScoreScale);
+        m[t][half] = next;
+        l[t][half] *= shrink;
+#pragma unroll
+        for (int d = 0; d < 8; ++d) {
+          o[t].v[d][2 * half] *= shrink;
+          o[t].v[d][2 * half + 1] *= shrink;
+        }
+      }
+  }
+};
+
+// A warp owns 32 queries:
+//   Q -> registers, turned
+//   for each chunk of 272 keys:
+//     K, V -> shared memory, by the whole block; K turned there
+//     for each 32 keys of it: Softmax::step
+//   l = sum of the shares of the row's four lanes
+//   O = o / l;  lse = m + log2 l
+template <class T>
+__global__ void __launch_bounds__(kThreads, 3) forward_kernel(const Attention a) {
+  u16* ks = shared_memory<u16>();
+  u16* vs = ks + kChunkRows * D;
+  const Place p = place(a, kRowsOfBlock);
+  const u16* qkv = static_cast<const u16*>(a.qkv);
+  const int lane = threadIdx.x % 32, row0 = first_row(p);
+
+  Operand q[kTiles];
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    load_operand(q[t], qkv_rows(qkv, a, p, 0), row0 + t * 16, a.N);
+    turn_operand<T>(q[t], row0 + t * 16, a);
+  }
+  Softmax<T> softmax;
+  softmax.reset();
+
+  for (int base = 0; base < a.N; base += kChunkRows) {
+    const int left = a.N - base < kChunkRows ? a.N - base : kChunkRows, rows = (left + 15) / 16 * 16;
+    if (base) __syncthreads();                                // the last chunk is still being read
+    load_tile(vs, qkv_rows(qkv, a, p, 2), base, rows, a.N);
+    load_tile_of_pairs(ks, qkv_rows(qkv, a, p, 1), base, rows, a.N);
+    copy_async_wait();
+    turn_tile<T>(ks, base, rows, a);
+    __syncthreads();
+
+    if (row0 >= a.N) continue;                                // not return: the barriers need every warp
+    int k0 = 0;
+    for (; k0 + kStep <= rows; k0 += kStep) softmax.template step<kStep / 8>(q, ks, vs, k0, left);
+    if (k0 < rows) softmax.template step<2>(q, ks, vs, k0, left);
+  }
+
+  if (row0 >= a.N) return;
+  const Rows<u16> out = out_rows(static_cast<u16*>(a.out), a, p);
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    const float(&m)[2] = softmax.m[t];
+    float(&l)[2] = softmax.l[t];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      l[half] = quad_sum(l[half]);
+      const int r = row0 + t * 16 + lane / 4 + half * 8;
+      if (lane % 4 == 0 && r < a.N) a.lse[stat_row(a, p) + r] = m[half] * kScoreScale + log2f(l[half]);
+    }
+    store_sum<T>(out, softmax.o[t], row0 + t * 16, a.N, 1.f / l[0], 1.f / l[1]);
+  }
+}
+
+// ------------------------------------------------------------------ backward
+
+// 8 kColumns keys, the rows from k0 on of the tiles:
+//   P = 2^(Q K^T - lse);  dP = dO V^T;  dS = P (dP - delta), 0 past the last key;  dQ += dS K
+template <class T, int kColumns>
+__device__ inline void step_q(Sum (&dq)[kTiles], const Operand (&q)[kTiles], const Operand (&g)[kTiles],
+                              const float (&lse)[kTiles][2], const float (&delta)[kTiles][2], u16* ks,
+                              u16* vs, int k0, int left) {
+  Scores<kColumns> s, dp;
+  product_transposed<T, kColumns>(s, q, ks, k0);
+  product_transposed<T, kColumns>(dp, g, vs, k0);
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float weight = fast_exp2(s[t][j][i] * kScoreScale - lse[t][i >> 1]);
+        s[t][j][i] = weight * (dp[t][j][i] - delta[t][i >> 1]);
+      }
+  mask<kColumns>(s, k0, left, 0.f);
+  product_add<T, kColumns>(dq, s, ks, k0);
+}
+
+// A warp owns 32 queries:
+//   dO, O -> registers; delta = rowsum(dO O), written for the other kernel
+//   Q -> registers, turned
+//   for each chunk of 272 keys:
+//     K, V -> shared memory, by the whole block; K turned there
+//     for each 16 keys of it: step_q
+//   dQ = dQ / 8, turned back
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) backward_q_kernel(const Attention a) {
+  u16* ks = shared_memory<u16>();
+  u16* vs = ks + kChunkRows * D;
+  const Place p = place(a, kRowsOfBlock);
+  const u16* qkv = static_cast<const u16*>(a.qkv);
+  const int lane = threadIdx.x % 32, row0 = first_row(p);
+
+  Operand q[kTiles], g[kTiles];
+  Sum dq[kTiles];
+  float lse[kTiles][2], delta[kTiles][2];
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    load_operand(g[t], out_rows(static_cast<const u16*>(a.dout), a, p), row0 + t * 16, a.N);
+    Operand& o = q[t];                                        // O first, in the registers that Q will have
+    load_operand(o, out_rows(static_cast<const u16*>(a.out), a, p), row0 + t * 16, a.N);
+    delta[t][0] = delta[t][1] = 0.f;
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 x = unpack<T>(g[t].v[k][i]), y = unpack<T>(o.v[k][i]);
+        delta[t][i & 1] += x.x * y.x + x.y * y.y;
+      }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      delta[t][half] = quad_sum(delta[t][half]);
+      const int r = row0 + t * 16 + lane / 4 + half * 8;
+      lse[t][half] = r < a.N ? a.lse[stat_row(a, p) + r] : 0.f;
+      if (lane % 4 == 0 && r < a.N) a.delta[stat_row(a, p) + r] = delta[t][half];
+    }
+    load_operand(q[t], qkv_rows(qkv, a, p, 0), row0 + t * 16, a.N);
+    turn_operand<T>(q[t], row0 + t * 16, a);
+    dq[t] = Sum{};
+  }
+
+  for (int base = 0; base < a.N; base += kChunkRows) {
+    const int left = a.N - base < kChunkRows ? a.N - base : kChunkRows, rows = (left + 15) / 16 * 16;
+    if (base) __syncthreads();
+    load_tile(vs, qkv_rows(qkv, a, p, 2), base, rows, a.N);
+    load_tile_of_pairs(ks, qkv_rows(qkv, a, p, 1), base, rows, a.N);
+    copy_async_wait();
+    turn_tile<T>(ks, base, rows, a);
+    __syncthreads();
+
+    if (row0 >= a.N) continue;
+    for (int k0 = 0; k0 < rows; k0 += kStepBackward)
+      step_q<T, kStepBackward / 8>(dq, q, g, lse, delta, ks, vs, k0, left);
+  }
+
+  if (row0 >= a.N) return;
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    turn_back_sum(dq[t], row0 + t * 16, a);
+    store_sum<T>(qkv_rows(static_cast<u16*>(a.dqkv), a, p, 0), dq[t], row0 + t * 16, a.N, kScale, kScale);
+  }
+}
+
+// 8 kColumns queries, the rows from q0 on of the tiles:
+//   P^T = 2^(K Q^T - lse);  dS^T = P^T (V dO^T - delta);  dV += P^T dO;  dK += dS^T Q
+// A lane's columns are queries here, so lse and delta come from shared memory by pairs.
+template <class T, int kColumns>
+__device__ inline void step_kv(Sum (&dk)[kTiles], Sum (&dv)[kTiles], const Operand (&k)[kTiles],
+                               const Operand (&v)[kTiles], const float* lse, const float* delta, u16* qs,
+                               u16* gs, int q0) {
+  Scores<kColumns> s, ds;
+  product_transposed<T, kColumns>(s, k, qs, q0);
+  product_transposed<T, kColumns>(ds, v, gs, q0);
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) {
+    const int column = q0 + j * 8 + threadIdx.x % 4 * 2;
+    const float2 l = *reinterpret_cast<const float2*>(lse + column);
+    const float2 d = *reinterpret_cast<const float2*>(delta + column);
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[t][j][i] = fast_exp2(s[t][j][i] * kScoreScale - (i & 1 ? l.y : l.x));
+        ds[t][j][i] = s[t][j][i] * (ds[t][j][i] - (i & 1 ? d.y : d.x));
+      }
+  }
+  product_add<T, kColumns>(dv, s, gs, q0);
+  product_add<T, kColumns>(dk, ds, qs, q0);
+}
+
+// A warp owns 32 keys:
+//   K, V -> registers, K turned
+//   for each chunk of 272 queries:
+//     Q, dO, lse, delta -> shared memory, by the whole block; Q turned there
+//     for each 16 queries of it: step_kv
+//   dK = dK / 8, turned back
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) backward_kv_kernel(const Attention a) {
+  u16* qs = shared_memory<u16>();
+  u16* gs = qs + kChunkRows * D;
+  float* lse = reinterpret_cast<float*>(gs + kChunkRows * D);
+  float* delta = lse + kChunkRows;
+  const Place p = place(a, kRowsOfBlock);
+  const u16* qkv = static_cast<const u16*>(a.qkv);
+  const int row0 = first_row(p);
+
+  Operand k[kTiles], v[kTiles];
+  Sum dk[kTiles], dv[kTiles];
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    load_operand(k[t], qkv_rows(qkv, a, p, 1), row0 + t * 16, a.N);
+    load_operand(v[t], qkv_rows(qkv, a, p, 2), row0 + t * 16, a.N);
+    turn_operand<T>(k[t], row0 + t * 16, a);
+    dk[t] = dv[t] = Sum{};
+  }
+
+  for (int base = 0; base < a.N; base += kChunkRows) {
+    const int left = a.N - base < kChunkRows ? a.N - base : kChunkRows, rows = (left + 15) / 16 * 16;
+    if (base) __syncthreads();
+    load_tile(gs, out_rows(static_cast<const u16*>(a.dout), a, p), base, rows, a.N);
+    for (int i = threadIdx.x; i < rows; i += kThreads) {      // the padding weighs 1, times rows of zeros
+      lse[i] = i < left ? a.lse[stat_row(a, p) + base + i] : 0.f;
+      delta[i] = i < left ? a.delta[stat_row(a, p) + base + i] : 0.f;
+    }
+    load_tile_of_pairs(qs, qkv_rows(qkv, a, p, 0), base, rows, a.N);
+    copy_async_wait();
+    turn_tile<T>(qs, base, rows, a);
+    __syncthreads();
+
+    if (row0 >= a.N) continue;
+    for (int q0 = 0; q0 < rows; q0 += kStepBackward)
+      step_kv<T, kStepBackward / 8>(dk, dv, k, v, lse, delta, qs, gs, q0);
+  }
+
+  if (row0 >= a.N) return;
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    turn_back_sum(dk[t], row0 + t * 16, a);
+    store_sum<T>(qkv_rows(static_cast<u16*>(a.dqkv), a, p, 1), dk[t], row0 + t * 16, a.N, kScale, kScale);
+    store_sum<T>(qkv_rows(static_cast<u16*>(a.dqkv), a, p, 2), dv[t], row0 + t * 16, a.N, 1.f, 1.f);
+  }
+}
+
+template <class T>
+const char* forward(const Attention& a, void* stream) {
+  return launch(forward_kernel<T>, blocks(a, kRowsOfBlock), kThreads, kTwoTiles, stream, a);
+}
+template <class T>
+const char* backward(const Attention& a, void* stream) {
+  const int64_t n = blocks(a, kRowsOfBlock);
+  const size_t with_lse_and_delta = kTwoTiles + 2 * kChunkRows * sizeof(float);
+  if (const char* error = launch(backward_q_kernel<T>, n, kThreads, kTwoTiles, stream, a)) return error;
+  return launch(backward_kv_kernel<T>, n, kThreads, with_lse_and_delta, stream, a);
+}
+
+}  // namespace
+
+const char* attention_forward(const Attention& a, void* stream) {
+  if (a.type == Type::f32) return attention_forward_fp32(a, stream);
+  return a.type == Type::bf16 ? forward<bf16_t>(a, stream) : forward<fp16_t>(a, stream);
+}
+const char* attention_backward(const Attention& a, void* stream) {
+  if (a.type == Type::f32) return attention_backward_fp32(a, stream);
+  return a.type == Type::bf16 ? backward<bf16_t>(a, stream) : backward<fp16_t>(a, stream);
+}
+
+}  // namespace cuda
+}  // namespace sae
