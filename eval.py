@@ -1,30 +1,28 @@
 """Score an autoencoder, and use one: one protocol for every model, printed with every result.
 
-    python eval.py runs/stage2-reg100/last.pt                              # probe, PSNR, SSIM, LPIPS, rFID, picture grid
-    python eval.py last.pt diffusers:stabilityai/sd-vae-ft-mse my.py:load  # the same table for peers
-    torchrun --nproc_per_node 8 eval.py last.pt                            # the same numbers from 8 GPUs
-    python eval.py last.pt --encode DIR --out latents.safetensors          # for diffusion training; --decode is the way back
-    python eval.py a.pt b.pt --overfit image.png                           # does a low latent loss mean a good image?
+    python eval.py runs/stage2-reg100/last.pt                        # PSNR, SSIM, LPIPS, rFID, probe, picture
+    python eval.py last.pt diffusers:stabilityai/sd-vae-ft-mse my.py:load     # the same table for peers
+    torchrun --nproc_per_node 8 eval.py last.pt                      # the same numbers from 8 GPUs
+    python eval.py last.pt --encode DIR --out latents.safetensors    # for diffusion training; --decode back
+    python eval.py a.pt b.pt --overfit image.png                     # is a low latent loss a good image?
 
-A model is a checkpoint of train.py, diffusers:NAME_OR_FOLDER, or FILE.py:FACTORY, where FACTORY() gives an object with
-encode(x) -> z [B,C,...] and decode(z) -> xhat, images [B,3,H,W] in [-1,1].
+A model is a checkpoint of train.py, diffusers:NAME_OR_FOLDER, or FILE.py:FACTORY, where FACTORY() gives an
+object with encode(x) -> z [B,C,...] and decode(z) -> xhat, images [B,3,H,W] in [-1,1].
 
-Published rFIDs of one and the same checkpoint differ by more than the gaps that papers claim, because crop, rounding, Inception
-network and resize differ. Here both the image and its reconstruction are rounded to uint8 the same way before any metric; the
-rest of the protocol stands beside the code that follows it and in the JSON.
+Published rFIDs of one and the same checkpoint differ by more than the gaps that papers claim, because crop,
+rounding, Inception network and resize differ. Here image and reconstruction are rounded to uint8 the same way
+before any metric. The constants ..._PROTOCOL, beside the code that follows them, are printed with them.
 """
 import argparse
-import functools
 import hashlib
+import itertools
 import json
 import math
 import os
-import platform
 import re
 import runpy
 import sys
-import time
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -40,263 +38,91 @@ from torchvision.models.inception import BasicConv2d, inception_v3
 from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
 from tqdm import tqdm
 
-from sae import SAE, Posterior, load_safetensors, load_tensors, save_safetensors, torch_load, write
-from train import LPIPS, Help, ImageFolder, center_crop, load_image, psnr, save_grid, to_float, to_uint8
+from common import (LPIPS, Help, ImageFolder, center_crop, check_launcher, command, load_image, psnr,
+                    refuse_output_inside, save_grid, to_float, to_uint8)
+from sae import SAE, Posterior, load_safetensors, load_tensors, require, save_safetensors, write
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
 
 
-# ------------------------------------------------------------------ ranks, images, files
+# ------------------------------------------------------------------ metrics
 
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+# common.psnr. One image that comes back exactly, at infinite dB, would hide all others in the mean.
+PSNR_PROTOCOL = "RGB, range 255, mean over the images that do not come back exactly"
+LPIPS_PROTOCOL = "{lpips_net}, version 0.1"     # common.LPIPS
+SSIM_PROTOCOL = "11 taps, sigma 1.5, per channel, reflect padding, full map"
+FID_PROTOCOL = "{fid_dims} features of {inception.name}, {fid_resize} resize to 299, fp32"
 
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def all_reduce(t):
-    """The sum of t over the ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(t)
-    return t
-
-
-class Crops(Dataset):
-    """Item i: (i, uint8 [S,S,3], label) of file i, ADM's centre crop. Item (i, seed): the probe's random resized crop and flip."""
-
-    def __init__(self, size, *folders):
-        self.size, self.files, self.labels = size, sum((f.files for f in folders), []), sum((f.labels for f in folders), [])
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, item):
-        i, seed = item if isinstance(item, tuple) else (item, None)
-        try:
-            image = load_image(self.files[i])
-        except ValueError as error:
-            return error                        # returned, not raised: a worker's exception would arrive as a page of traceback
-        if seed is None:
-            image = center_crop(image, self.size)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)         # the crop depends on the draw alone: not on workers, ranks or a resume
-                image = RandomHorizontalFlip()(RandomResizedCrop(self.size)(image))
-        return i, torch.from_numpy(np.array(image)), self.labels[i]
-
-
-def collate(items):
-    return next((x for x in items if isinstance(x, ValueError)), None) or default_collate(items)
-
-
-def shares(index, batch):
-    """This rank's batches of `index`: every world-th run of `batch` consecutive ones.
-
-    No index is missed or counted twice, and a batch is the same on whichever rank it falls: sums do not depend on the ranks.
-    """
-    return [index[i:i + batch] for i in range(0, len(index), batch)][rank()::world()]
-
-
-def batches(crops, steps, args, desc, count=None):
-    """(index [B], images [B,S,S,3], labels [B]) for each of the `count` batches of items in `steps`; progress on rank 0."""
-    loader = DataLoader(crops, batch_sampler=steps, num_workers=args.workers, collate_fn=collate, pin_memory=torch.cuda.is_available())
-    for batch in tqdm(loader, desc, count or len(steps), unit="batch", disable=rank() != 0):
-        if isinstance(batch, ValueError):
-            raise batch
-        yield batch
-
-
-def digest(*values):
-    """A short name for what `values` describe."""
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
-
-
-def slug(text):
-    """`text` as the name of a file."""
-    return re.sub(r"[^\w.-]+", "-", text).strip("-.")
-
-
-# ------------------------------------------------------------------ autoencoders
-
-class Autoencoder:
-    """Any model behind the few methods that the metrics use.
-
-    encode: x [B,3,S,S] in [-1,1] -> z [B,C,...], or a Posterior of it; decode: z -> xhat [B,3,S,S], about [-1,1].
-    digest: SHA-256 of the weights, None for an object that is no torch module. shape, posterior: of z, [C,...], and whether it is
-    drawn from one. width, kinds: D of `features` and {kind: its columns}.
-    Raises ValueError for weights that are not finite and for tensors of the wrong shape.
-    """
-
-    def __init__(self, name, model, encode, decode, args, device):
-        self.name, self.model, self.encode, self.decode, self.sample, self.device = name, model, encode, decode, args.sample, device
-        self.digest = None
-        if isinstance(model, nn.Module):
-            model.to(device).eval().requires_grad_(False)
-            weights = hashlib.sha256()
-            for key, t in model.state_dict().items():
-                if t.is_floating_point() and not t.isfinite().all():
-                    raise ValueError(f"{name} holds NaN or Inf in {key}: its run has diverged, take an earlier checkpoint")
-                weights.update(key.encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            self.digest = weights.hexdigest()
-        with torch.no_grad():                   # a grey image shows what does not fit before the long pass does
-            grey = torch.zeros(1, 3, args.size, args.size, device=device)
-            z, kl = self.latent(grey)
-            features, self.kinds = self.features(grey)
-            self.width, self.shape, self.posterior = features.shape[1], list(z.shape[1:]), kl is not None
-            back = decode(z)
-        if not torch.is_tensor(back) or back.shape != grey.shape:
-            raise ValueError(f"{name} gives {shape_of(back)} back for {shape_of(grey)}: pass the --size that it was made for")
-
-    def latent(self, x, first=0):
-        """x [B,3,H,W] in [-1,1], the images first .. first+B-1 of a set -> z [B,C,...], KL to N(0,I) in nats [B] or None."""
-        q = self.encode(x)
-        if isinstance(q, Posterior):
-            # The noise of an image depends on its place in the set alone, so neither batch size nor ranks change a number.
-            return (q.sample(seed=0, offset=first * q.mu[0].numel()) if self.sample else q.mode()), q.kl()
-        if self.sample:
-            raise ValueError(f"--sample draws z from a posterior, and {self.name} has none: leave --sample out")
-        if not torch.is_tensor(q) or q.dim() < 3 or len(q) != len(x):
-            raise ValueError(f"encode of {self.name} must give a tensor [B,C,...], and for {shape_of(x)} it gives {shape_of(q)}")
-        return q, None
-
-    def features(self, x):
-        """What the probe sees, [B,D], and {kind: its columns}. `mu` is the latent averaged over the positions."""
-        if not isinstance(self.model, SAE):
-            q = self.encode(x)
-            mu = (q.mode() if isinstance(q, Posterior) else q).flatten(2).mean(2)        # [B,C]; the mean also under --sample
-            return mu, {"mu": slice(0, mu.shape[1])}
-        cls, _, patches = self.model.encoder(x)
-        D, (h, w) = cls.shape[1], (side // self.model.encoder.patch for side in x.shape[2:])
-        mu = self.model.posterior(patches, h, w).mu.mean((2, 3))                         # [B,z_dim]
-        # The teacher's MSE holds the patch tokens alone and CLS may drift: the patch tokens also stand by themselves.
-        kinds = {"cls+patch": slice(0, 2 * D), "patch": slice(D, 2 * D), "mu": slice(2 * D, 2 * D + mu.shape[1])}
-        return torch.cat([cls, patches.mean(1), mu], 1), kinds
-
-
-def shape_of(x):
-    return list(x.shape) if torch.is_tensor(x) else f"a {type(x).__name__}"
-
-
-def load_model(spec, args, device):
-    """The autoencoder that `spec` names; see the top of this file. Raises ValueError, one sentence."""
-    file, _, factory = spec.rpartition(":")
-    if spec.startswith("diffusers:"):
-        model, encode, decode = load_diffusers(spec)
-    elif file.endswith(".py"):
-        sys.path.insert(0, str(Path(file).parent))                                       # so that it finds its own neighbours
-        names = runpy.run_path(file)
-        model = names[factory]() if factory in names else None
-        encode, decode = (getattr(model, name, None) for name in ("encode", "decode"))
-        if not (callable(encode) and callable(decode)):
-            raise ValueError(f"{file} needs a function {factory}() that gives an object with encode(x) -> z and decode(z) -> xhat")
-    else:
-        model = SAE.from_pretrained(spec)
-        encode, decode = model.encode, model.decode
-    return Autoencoder(spec, model, encode, decode, args, device)
-
-
-def load_diffusers(spec):
-    """(model, encode, decode): SD-VAE and its like (AutoencoderKL), DC-AE or R-AE, by a hub name or from a folder."""
-    try:
-        import diffusers
-        model = diffusers.AutoModel.from_pretrained(spec.removeprefix("diffusers:"))
-    except ImportError as error:
-        raise ValueError(f"{spec} needs diffusers and transformers, this project's extra `peers`: {error}") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"diffusers cannot load {spec}: {' '.join(str(error).split())}") from error
-
-    ways = {"AutoencoderKL": (lambda x: Posterior(*model.encode(x).latent_dist.parameters.chunk(2, 1)), lambda z: model.decode(z).sample),
-            "AutoencoderDC": (lambda x: model.encode(x).latent, lambda z: model.decode(z).sample),
-            # R-AE's images are in [0,1]
-            "AutoencoderRAE": (lambda x: model.encode((x + 1) / 2).latent, lambda z: model.decode(z).sample * 2 - 1)}
-    if type(model).__name__ not in ways:
-        raise ValueError(f"{spec} is a {type(model).__name__}: {', '.join(ways)} are scored by name, others by FILE.py:FACTORY")
-    return model, *ways[type(model).__name__]
-
-
-# ------------------------------------------------------------------ SSIM
 
 def ssim(x, y):
-    """Wang et al. 2004 of each image: uint8 [B,3,H,W] twice -> [B].
-
-    11-tap Gaussian of sigma 1.5, K 0.01 and 0.03, per channel, reflect padding, mean of the full map (as torchmetrics 1.9).
-    """
+    """Wang et al. 2004 of each image, K 0.01 and 0.03 (as torchmetrics 1.9): uint8 [B,3,H,W] twice -> [B]."""
     def blur(n):
-        # Blurring an axis is a matrix, its reflected borders included: two products beat eleven-tap convolutions of one channel.
+        # Blurring an axis is a matrix, its reflected borders included: faster than convolutions of 11 taps.
         taps = torch.exp(-(torch.arange(11, device=x.device) - 5) ** 2 / (2 * 1.5 ** 2))
-        rows = F.pad(torch.eye(n, device=x.device)[None], (5, 5), mode="reflect")[0]
-        return rows.unfold(1, 11, 1) @ (taps / taps.sum())                               # [n,n], input by output
+        rows = F.pad(torch.eye(n, device=x.device)[None], (5, 5), mode="reflect")[0]     # [n,n+10]
+        return rows.unfold(1, 11, 1) @ (taps / taps.sum())                               # [n,n], in by out
 
     x, y = x.float(), y.float()
-    maps = blur(x.shape[2]).T @ torch.stack([x, y, x * x, y * y, x * y]) @ blur(x.shape[3])  # [5,B,3,H,W]
-    mx, my, xx, yy, xy = maps
+    maps = torch.stack([x, y, x * x, y * y, x * y])                                      # [5,B,3,H,W]
+    mx, my, xx, yy, xy = blur(x.shape[2]).T @ maps @ blur(x.shape[3])
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+
     # SSIM = (2 mx my + c1)(2 cov + c2) / ((mx^2 + my^2 + c1)(var x + var y + c2))
     top = (2 * mx * my + c1) * (2 * (xy - mx * my) + c2)
-    bottom = (mx * mx + my * my + c1) * ((xx - mx * mx).clamp(min=0) + (yy - my * my).clamp(min=0) + c2)
+    variances = (xx - mx * mx).clamp(min=0) + (yy - my * my).clamp(min=0)
+    bottom = (mx * mx + my * my + c1) * (variances + c2)
     return (top / bottom).flatten(1).mean(1)
 
 
-# ------------------------------------------------------------------ FID
-
-def tf1_resize(x, size=299):
-    """TensorFlow 1's bilinear resize, fp32 [B,C,H,W] -> [B,C,size,size]: output i reads at i * in/out, no half-pixel shift."""
-    for dim in (2, 3):
-        at = torch.arange(size, device=x.device) * (x.shape[dim] / size)
-        low = at.long()
-        high = (low + 1).clamp(max=x.shape[dim] - 1)
-        weight = (at - low).view(-1, 1) if dim == 2 else at - low
-        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), weight)
-    return x
-
-
-def feed_pool_branch(block, pool):
-    """Let the pool branch of one of torchvision's Inception blocks take pool(input of the block) instead of its own pooling."""
-    inputs = []
-    block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    block.branch_pool.register_forward_pre_hook(lambda *_: pool(inputs.pop()))
-
-
 class FIDInception(nn.Module):
-    """The Inception of FID (pt_inception-2015-12-05, torchvision's names, 1008 classes): uint8 [B,3,H,W] -> [B,dims] fp32.
+    """The Inception of FID (pt_inception-2015-12-05, 1008 classes): uint8 [B,3,H,W] -> [B,dims] fp32.
 
-    dims 64, 192, 768 or 2048: averaged over the positions after the first and second pool, Mixed_6e, Mixed_7c.
+    dims 64, 192, 768, 2048: averaged over the positions after the first and second pool, Mixed_6e, Mixed_7c.
     resize "tf1", or "torch" for pytorch-fid's variant. Raises ValueError when the file is another network's.
     """
 
     def __init__(self, path, dims=2048, resize="tf1"):
         super().__init__()
-        mend = "./weights.sh --only inception fetches it, --skip fid goes without"
-        if not Path(path).is_file():
-            raise ValueError(f"there is no FID Inception {path}: {mend}")
         last = {64: "maxpool1", 192: "maxpool2", 768: "Mixed_6e", 2048: "Mixed_7c"}[dims]
-        layers = OrderedDict(inception_v3(num_classes=1008, aux_logits=False, init_weights=False).named_children())
+        inception = inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
+        layers = OrderedDict(inception.named_children())
         while next(reversed(layers)) != last:
             layers.popitem()
         self.net, self.resize = nn.Sequential(layers), resize
-        found, wanted = load_tensors(path), self.net.state_dict()
-        wrong = [key for key, t in wanted.items() if t.dim() and (key not in found or found[key].shape != t.shape)]
-        # torchvision's own Inception has the same names and other weights: its 1000 classes give it away.
-        classes = len(found["fc.weight"]) if "fc.weight" in found else 1008
-        if wrong or classes != 1008:
-            what = f"no {wrong[0]} of its shape" if wrong else f"{classes} classes, not 1008"
-            raise ValueError(f"{path} is not the FID Inception for {dims} features ({what}): {mend}")
-        # the counters of batches, which older files lack, keep their zero
-        self.net.load_state_dict({key: found.get(key, t) for key, t in wanted.items()})
-        for m in self.net.modules():
-            if isinstance(m, BasicConv2d):      # batch norm goes into the convolution: a third less memory traffic
-                m.conv, m.bn = nn.utils.fusion.fuse_conv_bn_eval(m.conv.eval(), m.bn.eval()), nn.Identity()
-        # TensorFlow's mean leaves the padding out; the maximum of the last block is a slip of 2015 that every FID has kept.
+        self.load(path, dims)
+
+        for module in self.net.modules():
+            if isinstance(module, BasicConv2d):     # batch norm into the convolution: less memory traffic
+                module.conv = nn.utils.fusion.fuse_conv_bn_eval(module.conv.eval(), module.bn.eval())
+                module.bn = nn.Identity()
+
+        # TensorFlow's mean leaves the padding out; the last block's maximum is a slip of 2015 that FIDs keep.
         mean, maximum = nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 1, 1)
         for name, block in layers.items():
             if hasattr(block, "branch_pool"):
-                feed_pool_branch(block, maximum if name == "Mixed_7c" else mean)
+                self.feed_pool_branch(block, maximum if name == "Mixed_7c" else mean)
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+    def load(self, path, dims):
+        mend = "./weights.sh --only inception fetches it, --skip fid goes without"
+        require(Path(path).is_file(), f"there is no FID Inception {path}: {mend}")
+        found, wanted = load_tensors(path), self.net.state_dict()
+        shapes = {key: t.shape for key, t in found.items()}
+        wrong = [f"no {key}" for key, t in wanted.items() if t.dim() and shapes.get(key) != t.shape]
+        # torchvision's own Inception has the same names and other weights: its 1000 classes give it away.
+        if shapes.get("fc.weight", [1008])[0] != 1008:
+            wrong.append("not 1008 classes")
+        what = "".join(wrong[:1])
+        require(not wrong, f"{path} is not the FID Inception for {dims} features ({what}): {mend}")
+        # The counters of batches, which older files lack, keep their zero.
+        self.net.load_state_dict({key: found.get(key, t) for key, t in wanted.items()})
+
+    @staticmethod
+    def feed_pool_branch(block, pool):
+        """The block's pool branch takes pool(input of the block) in place of torchvision's pooling."""
+        inputs = []
+        block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        block.branch_pool.register_forward_pre_hook(lambda *_: pool(inputs.pop()))
 
     def forward(self, x):
         x = x.float()
@@ -307,12 +133,23 @@ class FIDInception(nn.Module):
         return self.net(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))
 
 
+def tf1_resize(x, size=299):
+    """TensorFlow 1's bilinear resize, fp32 [B,C,H,W] -> [B,C,size,size]: pixel i reads at i * in / out."""
+    for dim in (2, 3):
+        at = torch.arange(size, device=x.device) * (x.shape[dim] / size)
+        low = at.long()
+        high = (low + 1).clamp(max=x.shape[dim] - 1)
+        weight = (at - low).view(-1, 1) if dim == 2 else at - low
+        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), weight)
+    return x
+
+
 class Moments:
-    """Mean and covariance of rows [n,D] that come in batches: n, sum x and sum x x^T in float64, so ranks just add."""
+    """Mean and covariance of rows [n,D] that come in batches: n, sum x and sum x x^T in float64."""
 
     def __init__(self, dims, device):
-        zeros = functools.partial(torch.zeros, dtype=torch.float64, device=device)
-        self.n, self.sum, self.outer = zeros(()), zeros(dims), zeros(dims, dims)
+        self.n, self.sum, self.outer = (torch.zeros(shape, dtype=torch.float64, device=device)
+                                        for shape in ((), dims, (dims, dims)))
 
     def update(self, x):
         x = x.double()
@@ -321,249 +158,27 @@ class Moments:
         self.outer.addmm_(x.T, x)
 
     def mean_cov(self):
-        """(mean [D], unbiased covariance [D,D]) over all ranks, numpy float64. Every rank must call it, once."""
-        n, total, outer = (all_reduce(t).cpu().numpy() for t in (self.n, self.sum, self.outer))
+        """(mean [D], unbiased covariance [D,D]) over all ranks, numpy float64. Every rank must call it."""
+        n, total, outer = (over_ranks(t).numpy() for t in (self.n, self.sum, self.outer))
         mean = total / n
         return mean, (outer - n * np.outer(mean, mean)) / max(n - 1, 1)
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
-    """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^1/2) of two Gaussians (Heusel et al. 2017): numpy float64, also singular ones."""
-    def factor(cov):                                                                     # A [D,rank] with A A^T = cov
-        lower, order, r, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)                    # pivoted Cholesky: also without full rank
+    """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^1/2) of Gaussians (Heusel et al. 2017), float64."""
+    def factor(cov):
+        # A [D,rank] with A A^T = cov, by a pivoted Cholesky factorisation, which needs no full rank
+        lower, order, r, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)
         a = np.empty_like(lower[:, :r])
         a[order - 1] = np.tril(lower)[:, :r]
         return a
 
-    # tr (C1 C2)^1/2 = sum of the singular values of A1^T A2. They are the roots of the eigenvalues of C1^1/2 C2 C1^1/2, but found
-    # without squaring first: a root of rounding noise would add 1e-8 for every dimension that n images leave empty.
+    # tr (C1 C2)^1/2 is the sum of the singular values of A1^T A2. They are the roots of the eigenvalues of
+    # C1^1/2 C2 C1^1/2, found without squaring first: the root of rounding noise would add 1e-8 for every
+    # dimension that n images leave empty.
     cross = scipy.linalg.svdvals(factor(cov1).T @ factor(cov2)).sum()
     return float(np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * cross)
 
-
-# ------------------------------------------------------------------ probe
-
-# DINOv3's grid; the rates are for a batch of 256 and grow with it.
-RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]
-PROBE_BATCH = 1024
-SAVE_EVERY = 500                                # iterations of the full probe
-HOLD = 3                                        # every third training image has a say in the choice of the learning rate
-NEIGHBOURS = (10, 20)                           # k of k-NN
-
-
-class Heads(nn.Module):
-    """Linear classifiers for each of K kinds of feature, 2 R of each for R learning rates: features [B,D] -> logits [B,K,2 R,classes].
-
-    The first R choose the rate: they are not trained on the images held out, every HOLD-th. The others are, and give the result.
-    """
-
-    def __init__(self, kinds, classes):
-        super().__init__()
-        self.kinds, self.rates = kinds, 2 * RATES
-        self.linear = nn.ModuleList(nn.Linear(c.stop - c.start, len(self.rates) * classes) for c in kinds.values())
-        for linear in self.linear:
-            nn.init.normal_(linear.weight, std=0.01)
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, features):
-        logits = [linear(features[:, columns]) for linear, columns in zip(self.linear, self.kinds.values())]
-        return torch.stack(logits, 1).unflatten(2, (len(self.rates), -1))                # [B,K,2 R,classes]
-
-
-def cross_entropy(logits, labels):
-    """Of each image and head: logits [B,K,ways,classes], labels [B] -> [B,K,ways]."""
-    labels = labels[:, None, None].expand(logits.shape[:3])
-    return F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
-
-
-def draws(i, n, batch):
-    """This rank's part of batch i of endless permutations of 0 .. n-1: a list of (index, number of the draw)."""
-    numbers = range(i * batch, (i + 1) * batch)[rank()::world()]
-    return [(permutation(n, number // n)[number % n], number) for number in numbers]
-
-
-@functools.lru_cache(2)
-def permutation(n, epoch):
-    return np.random.default_rng([0, epoch]).permutation(n)
-
-
-def train_heads(heads, stream, batch, iterations, state=None):
-    """Train the heads on stream(start) of (index [B], features [B,D], labels [B]): SGD 0.9, no weight decay, cosine, cross entropy.
-
-    `state`: a file to resume from and to save to.
-    """
-    model = nn.parallel.DistributedDataParallel(heads) if dist.is_initialized() else heads
-    # A step of SGD is linear in the gradient: a rate as the factor of a head's loss is its learning rate.
-    rates = torch.tensor(heads.rates, device=heads.linear[0].weight.device)
-    optimizer = torch.optim.SGD(heads.parameters(), lr=batch / 256, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    parts, start = {"heads": heads, "optimizer": optimizer, "schedule": schedule}, 0
-    if state and state.exists():
-        saved = torch_load(state)
-        start = saved["iteration"]
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-    for i, (index, features, labels) in enumerate(stream(start), start + 1):
-        # the heads that choose the rate do not see the images held out, and weigh the others so much the more
-        seen = (index % HOLD != HOLD - 1).to(features) * HOLD / (HOLD - 1)
-        weight = torch.stack([seen, torch.ones_like(seen)], 1).repeat_interleave(len(RATES), 1)         # [B,2 R]
-        # a sum over kinds and rates: each head sees its own cross entropy alone, a mean over the `batch` images of all ranks
-        loss = (rates * weight[:, None] * cross_entropy(model(features), labels)).sum() * world() / batch
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if state and i % SAVE_EVERY == 0 and i < iterations and rank() == 0:
-            write(state, lambda file: torch.save({"iteration": i} | {name: p.state_dict() for name, p in parts.items()}, file))
-
-
-@torch.no_grad()
-def tally(predict, stream, kinds, ways, device):
-    """{kind: (% right, mean cross entropy) [ways]} of predict(features [B,D]) -> logits [B,K,ways,classes] over all ranks' stream."""
-    sums = torch.zeros(3, len(kinds), ways, dtype=torch.float64, device=device)
-    for _, features, labels in stream:
-        logits = predict(features)
-        right = (logits.argmax(-1) == labels[:, None, None]).double()                    # [B,K,ways]
-        sums += torch.stack([right, cross_entropy(logits, labels).double(), torch.ones_like(right)]).sum(1)
-    right, loss, n = all_reduce(sums).cpu()
-    return dict(zip(kinds, zip(100 * right / n, loss / n)))
-
-
-def choose(right, loss, n):
-    """The number of the best head by % right [R] and cross entropy [R] on n images.
-
-    Accuracies within two standard errors are taken as equal, and the loss decides, which is far less noisy: of 100 images each
-    is a whole point. With a third of ImageNet two standard errors are 0.1 points.
-    """
-    best = right.max()
-    error = (best * (100 - best) / n).sqrt()
-    return min((i for i in range(len(right)) if right[i] >= best - 2 * error), key=lambda i: loss[i])
-
-
-def neighbours(bank, labels, kinds, classes):
-    """DINO's k-NN for `tally`: votes [B,K,2,classes] of the k nearest in bank [n,D] by cosine, each of exp(cosine / 0.07)."""
-    banks = [F.normalize(bank[:, columns].float(), dim=1).T for columns in kinds.values()]               # K x [D,n]
-
-    def votes(features):
-        found = features.new_zeros(len(features), len(kinds), len(NEIGHBOURS), classes)
-        for i, columns in enumerate(kinds.values()):
-            similar = F.normalize(features[:, columns], dim=1) @ banks[i]                                # [B,n]
-            cosine, index = similar.topk(min(max(NEIGHBOURS), len(bank)))
-            for j, k in enumerate(NEIGHBOURS):
-                found[:, i, j].scatter_add_(1, labels[index[:, :k]], (cosine[:, :k] / 0.07).exp())
-        return found
-    return votes
-
-
-def feature_file(model, crops, embed, args, folder):
-    """The features of all crops, a memory-mapped fp16 array [n,D].
-
-    The file's name holds a hash of weights, kind of device, images (path, size, time) and crop: it is reused when all agree, and an interrupted
-    pass goes on where it stopped. Under torchrun every rank writes its own rows, so all must see the same folder.
-    """
-    files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in crops.files]
-    path = folder / f"features-{digest(model.digest, model.device.type, crops.size, files)}.npy"        # bf16 on a GPU, see `embed`
-    part = path.with_suffix(".tmp")
-    if rank() == 0 and model.digest is None:    # weights that cannot be seen may have changed
-        path.unlink(missing_ok=True)
-        part.unlink(missing_ok=True)
-
-    def zeros(file):
-        np.lib.format.open_memmap(file.name, mode="w+", dtype=np.float16, shape=(len(files), model.width)).flush()
-        if hasattr(os, "posix_fallocate"):      # a disk too small is an error here, and a crash while the map is written
-            os.posix_fallocate(file.fileno(), 0, os.stat(file.name).st_size)
-    if rank() == 0 and not path.exists() and not part.exists():
-        write(part, zeros)
-    barrier()
-    if not path.exists():
-        rows = np.lib.format.open_memmap(part, mode="r+")
-        # a row of zeros has not been written: no network gives one
-        todo = [s for s in shares(range(len(files)), args.batch) if not rows[s.start:s.stop].any(1).all()]
-        for index, x, _ in batches(crops, todo, args, "features"):
-            half = embed(x).half()
-            if not half.isfinite().all():
-                raise ValueError(f"the features of {model.name} do not fit fp16, NaN or beyond 65504: use --probe full")
-            rows[index] = half.cpu().numpy()
-        rows.flush()
-        barrier()
-        if rank() == 0:
-            os.replace(part, path)
-        barrier()
-    return np.load(path, mmap_mode="c")        # copy on write: the file stays as it is
-
-
-def check_probe(train, test, args):
-    """ValueError unless `probe` can work with these ImageFolders."""
-    if differ := set(train.classes) ^ set(test.classes):
-        raise ValueError(f"the probe trains on the class folders of --train and scores those of --data, and {min(differ)} is in one of them "
-                         "alone: pass others, use --split parity, or --skip probe")
-    if len(train.classes) < 2:
-        raise ValueError(f"the probe needs two or more class folders, and there is {train.classes[0]} alone: --skip probe goes without")
-    if args.probe != "knn" and len(train) < HOLD:
-        raise ValueError(f"the linear probe needs {HOLD} training images or more, not {len(train)}: use --probe knn")
-
-
-def probe(model, train, test, args, folder):
-    """{"probe": {kind: % of `test` right}, ...}: DINOv3's linear probe, or k-NN, on what is in front of the bottleneck.
-
-    train, test: ImageFolders with the same classes. --probe full: 12 500 iterations of 1024 random crops; cached: the same
-    heads on one centre crop an image; knn. The learning rate is chosen on a third of *train* (DINOv3 chooses it on test).
-    """
-    crops, n, classes, device = Crops(args.size, train, test), len(train), len(train.classes), model.device
-    tests, held = np.arange(n, n + len(test)), np.arange(HOLD - 1, n, HOLD)
-
-    @torch.no_grad()
-    def embed(x):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            # the encoder sees --batch images at a time, whatever the probe's batch
-            return torch.cat([model.features(to_float(part.to(device)))[0].float() for part in x.split(args.batch)])
-
-    labels = torch.tensor(crops.labels, device=device)
-    rows = None if args.probe == "full" else feature_file(model, crops, embed, args, folder)
-
-    def stream(steps, desc, count=None):
-        """(index [B], features [B,D], labels [B]) of each of the `count` batches in `steps`."""
-        if rows is None:
-            for index, x, _ in batches(crops, steps, args, desc, count):
-                index = index.to(device)
-                yield index, embed(x), labels[index]
-        else:
-            for step in tqdm(steps, desc, count, unit="batch", disable=rank() != 0):
-                index = torch.as_tensor(step, device=device)
-                yield index, torch.from_numpy(rows[step]).to(device).float(), labels[index]
-
-    def tally_over(index, predict, ways, desc):
-        return tally(predict, stream(shares(index, args.batch), desc), model.kinds, ways, device)
-
-    if args.probe == "knn":
-        votes = neighbours(torch.from_numpy(rows[:n]).to(device), labels, model.kinds, classes)
-        found = tally_over(tests, votes, len(NEIGHBOURS), "probe test")
-        return {name: {kind: right[i].item() for kind, (right, _) in found.items()} for i, name in ((0, "probe"), (1, "probe_k20"))}
-
-    batch = min(PROBE_BATCH, n)
-
-    def training(start):
-        steps = (draws(i, n, batch) for i in range(start, args.probe_iterations))
-        if args.probe != "full":
-            steps = ([i for i, _ in step] for step in steps)                             # centre crops are not drawn
-        return stream(steps, "probe", args.probe_iterations - start)
-
-    torch.manual_seed(0)
-    heads, state = Heads(model.kinds, classes).to(device), None
-    if args.probe == "full" and model.digest:
-        state = folder / f"probe-{digest(model.digest, args.size, args.probe_iterations, batch, train.files)}.tmp"
-    train_heads(heads, training, batch, args.probe_iterations, state)
-    R, ways, result = len(RATES), len(heads.rates), {"probe": {}, "probe_rate": {}}
-    choice, final = tally_over(held, heads, ways, "probe choice"), tally_over(tests, heads, ways, "probe test")
-    if state and rank() == 0:
-        state.unlink(missing_ok=True)
-    for kind, (right, loss) in choice.items():
-        i = choose(right[:R], loss[:R], len(held))
-        result["probe"][kind], result["probe_rate"][kind] = final[kind][0][R + i].item(), RATES[i]
-    return result
-
-
-# ------------------------------------------------------------------ scores
 
 def latent_sums(z):
     """z [B,C,...] -> [2,C]: sums over the images of the means over the positions of z and of z^2."""
@@ -573,76 +188,497 @@ def latent_sums(z):
 
 def latent_mean_std(sums, n):
     """(mean [C], std [C]) from the ranks' `latent_sums` [2,C] of n images in all. Every rank must call it."""
-    mean, square = all_reduce(sums) / n
+    mean, square = over_ranks(sums) / n
     return mean, (square - mean.square()).clamp(min=0).sqrt()
 
 
 @torch.no_grad()
 def score(model, folder, lpips, inception, args):
-    """PSNR, SSIM, LPIPS, rFID and the latent's statistics over `folder`, in one pass; rFID on the first rank alone."""
-    device, n, began, seconds = model.device, len(folder), time.perf_counter(), defaultdict(float)
+    """PSNR, SSIM, LPIPS, rFID and latent statistics over `folder`, in one pass; rFID on rank 0 alone."""
+    n, sums, latents, shape = len(folder), 0, 0, None
+    if inception:
+        real, fake = Moments(args.fid_dims, model.device), Moments(args.fid_dims, model.device)
 
-    def timed(part, function, *inputs):
-        start = time.perf_counter()
-        result = function(*inputs)
-        if args.profile and device.type == "cuda":
-            torch.cuda.synchronize()            # only when profiling: an ordinary run is never held up
-        seconds[part] += time.perf_counter() - start
-        return result
-
-    def metrics(x, y, xhat, kl):
-        """Of a batch: sums of images that are not finite, PSNR, SSIM, LPIPS, KL [5]."""
-        bad = ~xhat.flatten(1).isfinite().all(1)
-        rows = [bad, psnr(x, y), ssim(x, y), lpips(y / 127.5 - 1, x / 127.5 - 1) if lpips else bad, bad if kl is None else kl]
-        return torch.stack([r.double().sum() for r in rows])
-
-    real, fake = (Moments(args.fid_dims, device) if inception else None for _ in range(2))
-    sums, moments = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in (5, (2, model.shape[0])))
-    steps = shares(range(n), args.batch)
-    for index, images, _ in batches(Crops(args.size, folder), steps, args, "scores"):
-        x = to_float(images.to(device, non_blocking=True))                               # [B,3,S,S]
-        z, kl = timed("encoder", model.latent, x, index[0].item())
-        xhat = timed("decoder", model.decode, z)
-        x8, y8 = to_uint8(x), to_uint8(xhat)                                             # x8 is the image itself, bit for bit
-        sums += timed("metrics", metrics, x8, y8, xhat, kl)
-        moments += timed("metrics", latent_sums, z)
+    for index, images, _ in batches(Crops(args.size, folder), shares(range(n), args.batch), args, "scores"):
+        x = to_float(images.to(model.device, non_blocking=True))                         # [B,3,S,S]
+        z, kl, xhat = model.reconstruct(x, index[0].item())
+        x8, y8 = to_uint8(x), to_uint8(xhat)    # x8 is the image itself, bit for bit
+        db = psnr(x8, y8)                                                                # [B]
+        none = torch.full_like(db, math.nan)
+        columns = (~xhat.flatten(1).isfinite().all(1), db.isinf(), db.where(db.isfinite(), 0), ssim(x8, y8),
+                   lpips(y8 / 127.5 - 1, x8 / 127.5 - 1) if lpips else none, none if kl is None else kl)
+        sums = sums + torch.stack([column.double().sum() for column in columns])
+        latents = latents + latent_sums(z)
+        shape = list(z.shape[1:])
         if inception:
-            real.update(timed("Inception", inception, x8))
-            fake.update(timed("Inception", inception, y8))
-    if args.profile and rank() == 0:
-        total = time.perf_counter() - began
-        for part, s in ({"waiting for images": total - sum(seconds.values())} | seconds).items():
-            print(f"{part:20} {sum(map(len, steps)) / s:8.1f} images/s {100 * s / total:5.1f} %")
-    bad, *means = (all_reduce(sums) / n).tolist()
-    if bad:
-        raise ValueError(f"{model.name} made NaN or Inf of {bad * n:.0f} of {n} images: its numbers mean nothing")
-    mean, std = latent_mean_std(moments, n)
-    result = {"images": n, "psnr": means[0], "ssim": means[1]} | ({"lpips": means[2]} if lpips else {})
-    result["latent"] = {"shape": model.shape, "mean": mean.mean().item(), "std": std.square().mean().sqrt().item(),
-                        "std_min": std.min().item(), "std_max": std.max().item(), "kl": means[3] if model.posterior else None}
-    gaussians = real.mean_cov() + fake.mean_cov() if inception else ()
-    if gaussians and rank() == 0:
-        result["rfid"] = frechet_distance(*gaussians)
+            real.update(inception(x8))
+            fake.update(inception(y8))
+
+    broken, exact, db, similarity, distance, kl = over_ranks(sums).tolist()
+    require(not broken, f"{model.name} made NaN or Inf of {broken:.0f} of {n} images: no number would count")
+    result = {"images": n, "exact": int(exact), "psnr": db / (n - exact) if exact < n else None,
+              "ssim": similarity / n} | ({"lpips": distance / n} if lpips else {})
+    mean, std = latent_mean_std(latents, n)
+    model.channels = len(mean)                  # for the probe, also on a rank that has seen no image
+    result["latent"] = {"shape": shape, "mean": mean.mean().item(), "std": std.square().mean().sqrt().item(),
+                        "std_min": std.min().item(), "std_max": std.max().item(), "kl": kl / n}
+    if inception:
+        gaussians = *real.mean_cov(), *fake.mean_cov()
+        if RANK == 0:
+            result["rfid"] = frechet_distance(*gaussians)
         if n <= args.fid_dims:
-            result["warning"] = f"rFID is unreliable: {n} images cannot fill a covariance of {args.fid_dims} dimensions"
+            result["warning"] = (f"rFID is unreliable: {n} images cannot fill a covariance of "
+                                 f"{args.fid_dims} dimensions")
     return result
 
 
+# ------------------------------------------------------------------ probe
+
+# DINOv3's grid; the rates are for a batch of 256 and grow with it.
+RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]
+PROBE_BATCH = 1024
+HOLD = 10                                       # every tenth training image only chooses the rate
+# Reading: DINOv3 chooses the rate on the images that it reports; here they have no say in it.
+PROBE_PROTOCOL = "linear, {probe}, {probe_iterations} iterations, rate chosen on a tenth of the training set"
+
+
+def probe(model, train, test, args, folder):
+    """{"probe": {kind of feature: % of `test` right}, "probe_rate": {kind: learning rate}}.
+
+    DINOv3's linear probe on what is before the bottleneck. train, test: ImageFolders of the same classes.
+    """
+    crops, device = Crops(args.size, train, test), model.device
+    labels = np.array(crops.labels)
+    index, tests = np.split(np.arange(len(labels)), [len(train)])
+    held, kept = index[HOLD - 1::HOLD], index[index % HOLD != HOLD - 1]
+    rows = feature_file(model, crops, args, folder) if args.probe == "cached" else None
+
+    def stream(desc, steps, count=None):
+        """(features [B,D], labels [B]) of each of the `count` batches of items in `steps`."""
+        if rows is None:
+            for _, images, y in batches(crops, steps, args, desc, count):
+                yield model.embed(images, args.batch), y.to(device)
+        else:
+            for step in tqdm(steps, desc, count, unit="batch", disable=RANK > 0):
+                features, y = torch.from_numpy(rows[step]), torch.from_numpy(labels[step])
+                yield features.to(device).float(), y.to(device)
+
+    batch = min(PROBE_BATCH, len(kept))
+    steps = draws(kept, batch, args.probe_iterations)
+    if rows is not None:                        # centre crops take no seed
+        steps = ([i for i, _ in step] for step in steps)
+    torch.manual_seed(0)
+    heads = Heads(model.kinds(), len(train.classes)).to(device)
+    train_heads(heads, stream("probe", steps, args.probe_iterations), batch, args.probe_iterations)
+
+    choice = tally(heads, stream("probe choice", shares(held, args.batch)))
+    final = tally(heads, stream("probe test", shares(tests, args.batch)))
+    best = {kind: choose(right, loss, len(held)) for kind, (right, loss) in choice.items()}
+    return {"probe": {kind: final[kind][0][i].item() for kind, i in best.items()},
+            "probe_rate": {kind: RATES[i] for kind, i in best.items()}}
+
+
+def check_probe(train, test):
+    """ValueError unless `probe` can work with these ImageFolders."""
+    differ = sorted(set(train.classes) ^ set(test.classes))
+    require(not differ, f"{''.join(differ[:1])} is in one of --train and --data alone, and the probe needs "
+                        "the same class folders in both: pass others, or --skip probe")
+    require(len(train.classes) > 1 and len(train) >= HOLD,
+            f"the probe needs two class folders and {HOLD} training images or more, and --train has "
+            f"{len(train.classes)} and {len(train)}: pass another, or --skip probe")
+
+
+class Heads(nn.Module):
+    """A linear classifier for each of K kinds of feature and R rates: features [B,D] -> [B,K,R,classes]."""
+
+    def __init__(self, kinds, classes):
+        super().__init__()
+        self.kinds = kinds
+        self.linear = nn.ModuleList(nn.Linear(c.stop - c.start, len(RATES) * classes) for c in kinds.values())
+        for linear in self.linear:
+            nn.init.normal_(linear.weight, std=0.01)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, features):
+        logits = [linear(features[:, c]) for linear, c in zip(self.linear, self.kinds.values())]
+        return torch.stack(logits, 1).unflatten(2, (len(RATES), -1))                     # [B,K,R,classes]
+
+
+def cross_entropy(logits, labels):
+    """Of each image and head: logits [B,K,R,classes], labels [B] -> [B,K,R]."""
+    labels = labels[:, None, None].expand(logits.shape[:3])
+    return F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
+
+
+def draws(index, batch, iterations):
+    """This rank's part of each batch of endless permutations of `index`: lists of (item, number of draw)."""
+    epochs = (np.random.default_rng([0, epoch]).permutation(index) for epoch in itertools.count())
+    numbered = zip(itertools.chain.from_iterable(epochs), itertools.count())
+    for _ in range(iterations):
+        yield list(itertools.islice(numbered, batch))[RANK::WORLD]
+
+
+def train_heads(heads, stream, batch, iterations):
+    """SGD 0.9, no weight decay, cosine, on a stream of (features, labels); `batch` images over all ranks."""
+    model = nn.parallel.DistributedDataParallel(heads) if WORLD > 1 else heads
+    optimizer = torch.optim.SGD(heads.parameters(), lr=batch / 256, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    # A step of SGD is linear in the gradient: a rate as the factor of a head's loss is its learning rate.
+    rates = torch.tensor(RATES, device=heads.linear[0].weight.device)
+    for features, labels in stream:
+        # A sum over kinds and rates: each head sees its own cross entropy alone. A mean over the images of
+        # all ranks, over which DistributedDataParallel averages: hence their number is a factor.
+        loss = (rates * cross_entropy(model(features), labels)).sum() * WORLD / batch
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
 @torch.no_grad()
-def write_grid(model, folder, size, path):
-    """Eight images of the set, evenly spaced, as a PNG: originals, reconstructions, |difference|."""
-    crops, index = Crops(size, folder), np.linspace(0, len(folder) - 1, min(8, len(folder))).astype(int)
-    x = to_float(torch.stack([crops[i][1] for i in index]))                              # [8,3,S,S]
-    y = torch.cat([model.decode(model.latent(image[None].to(model.device), int(i))[0]) for image, i in zip(x, index)])
-    y = y.clamp(-1, 1).cpu()
-    save_grid(path, x, y, (x - y).abs() - 1)
+def tally(heads, stream):
+    """{kind: (% right [R], mean cross entropy [R])} of the heads over the stream of all ranks."""
+    sums = 0
+    for features, labels in stream:
+        logits = heads(features)
+        loss = cross_entropy(logits, labels).double()                                    # [B,K,R]
+        right = (logits.argmax(-1) == labels[:, None, None]).double()
+        sums = sums + torch.stack([right, loss, torch.ones_like(loss)]).sum(1)           # [3,K,R]
+    right, loss, n = over_ranks(sums)
+    return dict(zip(heads.kinds, zip(100 * right / n, loss / n)))
+
+
+def choose(right, loss, n):
+    """The number of the best head by % right [R] and cross entropy [R] on n images.
+
+    Accuracies within two standard errors count as equal, and the loss decides, which is far less noisy. The
+    error is that of two more images right and two more wrong (Agresti and Coull 1998): not 0 at 100 %.
+    """
+    best = right.max()
+    p = (best * n + 200) / (n + 4)
+    error = (p * (100 - p) / (n + 4)).sqrt()
+    return min((i for i in range(len(right)) if right[i] >= best - 2 * error), key=lambda i: loss[i])
+
+
+def feature_file(model, crops, args, folder):
+    """The features of all crops, a memory-mapped fp16 array [n,D+1] in `folder`, which all ranks must share.
+
+    Its name holds a hash of the files of weights and images (path, size, time), the crop and the device type.
+    It is used again while they agree; without an identity it is made anew. The last column is 1 in the rows
+    that are written, so that an interrupted pass goes on.
+    """
+    images = [identity(path) for path in crops.files]
+    path = folder / f"features-{digest(model.identity, model.device.type, crops.size, images)}.npy"
+
+    def zeros(file):
+        shape = len(images), max(columns.stop for columns in model.kinds().values()) + 1
+        np.lib.format.open_memmap(file.name, mode="w+", dtype=np.float16, shape=shape).flush()
+        if hasattr(os, "posix_fallocate"):      # a disk too small is an error here, a crash in a mapped write
+            os.posix_fallocate(file.fileno(), 0, os.stat(file.name).st_size)
+
+    if RANK == 0 and (model.identity is None or not path.exists()):
+        write(path, zeros)
+    over_ranks(0)                               # all wait for the file
+    rows = np.load(path, mmap_mode="r+")
+    todo = [s for s in shares(range(len(rows)), args.batch) if not rows[s.start:s.stop, -1].all()]
+    for index, x, _ in batches(crops, todo, args, "features"):
+        half = F.pad(model.embed(x, args.batch).half(), (0, 1), value=1)                 # [B,D+1]
+        require(half.isfinite().all(), f"{model.name} has features that do not fit fp16: use --probe full")
+        rows[index] = half.cpu().numpy()
+    rows.flush()
+    over_ranks(0)                               # all wait for the last row
+    return np.load(path, mmap_mode="r")
+
+
+# ------------------------------------------------------------------ S-AE and its peers
+
+class Autoencoder:
+    """Any model behind the few methods that the metrics use, in fp32 and without gradients.
+
+    encode: x [B,3,S,S] in [-1,1] -> z [B,C,...] or a Posterior of it; decode: z -> xhat [B,3,S,S].
+    identity: of its file; None for an object from FILE.py or diffusers, whose weights may change unseen.
+    channels: C, known after `score`. Raises ValueError for weights that are not finite and wrong shapes.
+    """
+
+    def __init__(self, name, model, encode, decode, args, device):
+        self.name, self.model, self.encode, self.decode = name, model, encode, decode
+        self.identity = identity(name) if isinstance(model, SAE) else None
+        self.sample, self.device, self.channels = args.sample, device, None
+        if isinstance(model, nn.Module):
+            model.to(device).eval().requires_grad_(False)
+            for key, t in model.state_dict().items():
+                absent = key in ("latent_mean", "latent_std")           # NaN until an S-AE's run has ended
+                require(absent or t.isfinite().all(), f"{name} has NaN or Inf in {key}: take an earlier one")
+
+    @torch.no_grad()
+    def latent(self, x, first=0):
+        """x [B,3,H,W], the images first .. of a set -> z [B,C,...], KL to N(0,I) in nats [B] or None."""
+        q = self.encode(x)
+        if isinstance(q, Posterior):
+            # An image's noise depends on its place in the set alone: neither batch size nor ranks matter.
+            return (q.sample(seed=0, offset=first * q.mu[0].numel()) if self.sample else q.mode()), q.kl()
+        require(not self.sample, f"{self.name} has no posterior to draw z from: leave --sample out")
+        require(torch.is_tensor(q) and q.dim() > 2 and len(q) == len(x),
+                f"encode of {self.name} must give a tensor [B,C,...] for images [B,3,H,W]")
+        return q, None
+
+    @torch.no_grad()
+    def reconstruct(self, x, first=0):
+        """x [B,3,H,W] in [-1,1] -> z and KL as from `latent`, xhat [B,3,H,W]."""
+        z, kl = self.latent(x, first)
+        xhat = self.decode(z)
+        require(torch.is_tensor(xhat) and xhat.shape == x.shape,
+                f"{self.name} does not give {list(x.shape)} back: pass the --size that it was made for")
+        return z, kl, xhat
+
+    @torch.no_grad()
+    def features(self, x):
+        """What the probe sees, [B,D]: [CLS ; mean patch token ; mu] of S-AE, mu of others.
+
+        mu is the latent averaged over the positions, of the posterior's mean also under --sample.
+        """
+        if not isinstance(self.model, SAE):
+            q = self.encode(x)
+            return (q.mode() if isinstance(q, Posterior) else q).flatten(2).mean(2)      # [B,C]
+        cls, _, patches = self.model.encoder(x)                                          # [B,D], [B,h w,D]
+        h, w = (side // self.model.encoder.patch for side in x.shape[2:])
+        mu = self.model.posterior(patches, h, w).mu.mean((2, 3))                         # [B,z_dim]
+        return torch.cat([cls, patches.mean(1), mu], 1)
+
+    def kinds(self):
+        """{kind of feature: its columns of `features`}."""
+        if not isinstance(self.model, SAE):
+            return {"mu": slice(0, self.channels)}
+        # The teacher's MSE holds the patch tokens alone and CLS may drift: they also stand by themselves.
+        D, z_dim = self.model.config.encoder.width, self.model.config.z_dim
+        return {"cls+patch": slice(0, 2 * D), "patch": slice(D, 2 * D), "mu": slice(2 * D, 2 * D + z_dim)}
+
+    def embed(self, images, batch):
+        """Features [B,D] fp32 of uint8 [B,S,S,3], `batch` images at a time; the encoder in bf16 on a GPU."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            parts = [self.features(to_float(part.to(self.device))) for part in images.split(batch)]
+        return torch.cat(parts).float()
+
+
+def load_model(spec, args, device):
+    """The autoencoder that `spec` names; see the top of this file. Raises ValueError, one sentence."""
+    file, _, factory = spec.rpartition(":")
+    if spec.startswith("diffusers:"):
+        return Autoencoder(spec, *load_diffusers(spec), args, device)
+    if file.endswith(".py"):
+        sys.path.insert(0, str(Path(file).parent))      # so that it finds its own neighbours
+        model = runpy.run_path(file).get(factory, lambda: None)()
+    else:
+        model = SAE.from_pretrained(spec)
+    encode, decode = (getattr(model, name, None) for name in ("encode", "decode"))
+    require(callable(encode) and callable(decode),
+            f"{file} needs a function {factory}() for an object with encode(x) -> z and decode(z) -> xhat")
+    return Autoencoder(spec, model, encode, decode, args, device)
+
+
+def load_diffusers(spec):
+    """(model, encode, decode): SD-VAE and its like (AutoencoderKL), DC-AE or R-AE, by hub name or folder."""
+    try:
+        import diffusers
+        model = diffusers.AutoModel.from_pretrained(spec.removeprefix("diffusers:"))
+    except ImportError as error:
+        raise ValueError(f"{spec} needs this project's extra `peers`: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"diffusers cannot load {spec}: {' '.join(str(error).split())}") from error
+
+    ways = {
+        "AutoencoderKL": (lambda x: Posterior(*model.encode(x).latent_dist.parameters.chunk(2, 1)),
+                          lambda z: model.decode(z).sample),
+        "AutoencoderDC": (lambda x: model.encode(x).latent,
+                          lambda z: model.decode(z).sample),
+        "AutoencoderRAE": (lambda x: model.encode((x + 1) / 2).latent,                   # images in [0,1]
+                           lambda z: model.decode(z).sample * 2 - 1)}
+    kind = type(model).__name__
+    require(kind in ways, f"{spec} is a {kind}: {', '.join(ways)} are known, others come by FILE.py:FACTORY")
+    return model, *ways[kind]
+
+
+# ------------------------------------------------------------------ images and files
+
+IMAGES_PROTOCOL = "{data}: ADM centre crop {size}, both sides rounded to uint8"
+
+
+class Crops(Dataset):
+    """Item i: (i, uint8 [S,S,3], label) of file i, its centre crop. Item (i, seed): random crop and flip."""
+
+    def __init__(self, size, *folders):
+        self.size = size
+        self.files = [file for folder in folders for file in folder.files]
+        self.labels = [label for folder in folders for label in folder.labels]
+
+    def __getitem__(self, item):
+        i, seed = item if isinstance(item, tuple) else (item, None)
+        try:
+            image = load_image(self.files[i])
+        except ValueError as error:
+            return error                        # raised in a worker it would arrive as a page of traceback
+        if seed is None:
+            image = center_crop(image, self.size)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)         # the crop depends on the draw alone, not on workers or ranks
+                image = RandomHorizontalFlip()(RandomResizedCrop(self.size)(image))
+        return i, torch.from_numpy(np.array(image)), self.labels[i]
+
+
+def collate(items):
+    return next((item for item in items if isinstance(item, ValueError)), None) or default_collate(items)
+
+
+def shares(index, batch):
+    """This rank's batches of `index`. No item is missed or counted twice; a batch is the same on any rank."""
+    return [index[i:i + batch] for i in range(0, len(index), batch)][RANK::WORLD]
+
+
+def batches(crops, steps, args, desc, count=None):
+    """(index [B], images [B,S,S,3], labels [B]) for each of the `count` batches of items in `steps`."""
+    loader = DataLoader(crops, batch_sampler=steps, num_workers=args.workers, collate_fn=collate,
+                        pin_memory=torch.cuda.is_available())
+    for batch in tqdm(loader, desc, count or len(steps), unit="batch", disable=RANK > 0):
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
+
+
+def over_ranks(t):
+    """The sum of the ranks' tensors, on the CPU; a rank that has seen no image gives 0."""
+    parts = [t.cpu() if torch.is_tensor(t) else t] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(parts, parts[0])
+    return sum(parts)
+
+
+def identity(path):
+    """What tells whether a file has changed: path, size and time."""
+    stat = os.stat(path)
+    return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
+
+
+def digest(*values):
+    """A short name for what `values` describe."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+
+
+def to_json(value, indent=None):
+    """JSON, in bytes, and a newline. It knows neither NaN nor Infinity: null stands in their place."""
+    value = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return f"{json.dumps(value, indent=indent, allow_nan=False)}\n".encode()
+
+
+def check_output(path, *folders):
+    """ValueError, before hours of work, if `path` is among the images or could not be written after them."""
+    for folder in folders:
+        refuse_output_inside(path, folder)
+    trial = Path(f"{path}.tmp")                 # the name under which `write` begins
+    try:
+        # A folder is no file, nor is a device, which a rename would replace.
+        require(path.is_file() or not path.exists(), f"--out {path} is no file: name another")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink(missing_ok=True)           # another rank may have been faster
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}): name another --out") from error
+
+
+# ------------------------------------------------------------------ latents on disk
+
+@torch.no_grad()
+def encode_folder(model, args):
+    """Latents of the images of --encode: OUT with `mean` and `std` [C], OUT-00000.safetensors .. beside it.
+
+    A shard holds z [n,C,h,w] fp16, labels [n] and, in its metadata, the files' names. One that is there, made
+    by the same weights from the same images and crop, is not made again. Each rank makes its own shards.
+    """
+    folder = ImageFolder(args.encode, option="--encode")
+    check_output(args.out, folder)
+    names = [str(Path(file).relative_to(args.encode)) for file in folder.files]
+    images = [(name, *identity(file)[1:]) for name, file in zip(names, folder.files)]
+    key = digest(model.identity or model.name, args.size, args.sample, args.shard, images)
+    shards = [range(len(names))[i:i + args.shard] for i in range(0, len(names), args.shard)]
+    paths = [args.out.with_name(f"{args.out.stem}-{i:05}.safetensors") for i in range(len(shards))]
+    about, sums = {"key": key, "images": str(args.encode.absolute())}, 0
+
+    for shard, path in list(zip(shards, paths))[RANK::WORLD]:
+        require(not path.exists() or metadata(path).get("key") == key,
+                f"{path} holds latents of another model, crop, --shard or images: delete it, or choose "
+                "another --out")
+        if path.exists() and model.identity:
+            z = load_safetensors(path)["z"]
+        else:                                   # also where the weights may have changed unseen
+            z = encode_crops(model, Crops(args.size, folder), shard, args, path.stem)
+            labels = torch.tensor(folder.labels[shard.start:shard.stop])
+            own_names = json.dumps(names[shard.start:shard.stop])
+            save_safetensors({"z": z, "labels": labels}, path, about | {"names": own_names})
+        sums = sums + latent_sums(z)
+
+    mean, std = latent_mean_std(sums, len(names))
+    if RANK == 0:
+        about |= {"model": model.name, "size": str(args.size), "shards": json.dumps([p.name for p in paths])}
+        save_safetensors({"mean": mean.float(), "std": std.float()}, args.out, about)
+        print(f"{args.out}: mean and std of {len(names)} latents in {len(paths)} shards beside it")
+
+
+def encode_crops(model, crops, items, args, desc):
+    """z [n,C,h,w] fp16 of the crops in the range `items`."""
+    parts = []
+    steps = [items[i:i + args.batch] for i in range(0, len(items), args.batch)]
+    for index, images, _ in batches(crops, steps, args, desc):
+        z, _ = model.latent(to_float(images.to(model.device)), index[0].item())
+        parts.append(z.half().cpu())
+        require(parts[-1].isfinite().all(), f"{model.name} makes latents beyond fp16's 65504, or NaN")
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def decode_file(model, args):
+    """The images of --decode, OUT of --encode or one shard, as PNGs in --out; those that are there stay."""
+    require(args.decode.is_file(), f"there is no file {args.decode} to decode: name one that --encode wrote")
+    about = metadata(args.decode)
+    require(about.keys() & {"shards", "names"}, f"{args.decode} is not of --encode: name one that it wrote")
+    if "images" in about and Path(about["images"]).is_dir():
+        refuse_output_inside(args.out, ImageFolder(about["images"]))
+    shards = json.loads(about.get("shards", "[]")) or [args.decode.name]
+    for path in [args.decode.with_name(name) for name in shards][RANK::WORLD]:
+        decode_shard(model, path, args)
+
+
+def decode_shard(model, path, args):
+    z = load_safetensors(path)["z"]                                                      # [n,C,h,w]
+    names = json.loads(metadata(path)["names"])
+    targets = [args.out / (name if name.endswith(".png") else name + ".png") for name in names]
+    inside = all(not Path(name).is_absolute() and ".." not in Path(name).parts for name in names)
+    require(inside and len(set(targets)) == len(targets),
+            f"{path} names two latents alike, or a file outside of {args.out}: rename the images and encode "
+            "them again")
+    todo = [i for i, target in enumerate(targets) if not target.exists()]
+    if len(todo) < len(targets):
+        print(f"{args.out}: {len(targets) - len(todo)} of the {len(targets)} images of {path.name} are there "
+              "already and stay as they are")
+    for i in tqdm(range(0, len(todo), args.batch), path.stem, unit="batch", disable=RANK > 0):
+        part = todo[i:i + args.batch]
+        try:
+            images = to_uint8(model.decode(z[part].float().to(model.device)))            # [B,3,H,W]
+        except RuntimeError as error:           # torch's own check of the channels
+            raise ValueError(f"{path} holds latents of {z.shape[1]} channels that {model.name} cannot decode "
+                             f"({str(error).splitlines()[0]}): name the model that made them") from error
+        for j, image in zip(part, images.permute(0, 2, 3, 1).cpu().numpy()):
+            targets[j].parent.mkdir(parents=True, exist_ok=True)
+            write(targets[j], lambda file: Image.fromarray(image).save(file, format="png"))
+
+
+def metadata(path):
+    """The __metadata__ of a safetensors file: {str: str}."""
+    load_safetensors(path)                      # refuses what is none
+    with open(path, "rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__", {})
 
 
 # ------------------------------------------------------------------ one image, one small DiT
-
-def modulate(x, shift, scale):
-    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
-
 
 class DiTBlock(nn.Module):
     """AdaLN-zero (Peebles and Xie 2023): x [B,N,d], condition c [B,d] -> [B,N,d]."""
@@ -654,16 +690,20 @@ class DiTBlock(nn.Module):
         self.modulation = nn.Linear(d, 6 * d)
 
     def forward(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, 2)          # 6 x [B,1,d]
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, 2)   # 6 x [B,1,d]
         h = modulate(x, shift1, scale1)
         x = x + gate1 * self.attention(h, h, h, need_weights=False)[0]
         return x + gate2 * self.mlp(modulate(x, shift2, scale2))
 
 
+def modulate(x, shift, scale):
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+
+
 class DiT(nn.Module):
     """A DiT of patch 1 without classes: z_t [B,N,n], t [B] in [0,1] -> [B,N,n].
 
-    The last layer maps d to n, so the output lies in a space of d dimensions: hence the floor (n - d) / n of the loss on noise.
+    The last layer maps d to n, so the output lies in a space of d dimensions: hence the floor of the loss.
     """
 
     def __init__(self, N, n, d, depth):
@@ -677,7 +717,7 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, z, t):
-        angle = 1000 * t[:, None] * 10000 ** (-torch.arange(128, device=t.device) / 128)                 # [B,128]
+        angle = 1000 * t[:, None] * 10000 ** (-torch.arange(128, device=t.device) / 128)         # [B,128]
         c = self.time(torch.cat([angle.cos(), angle.sin()], 1))                          # [B,d]
         x = self.embed(z) + self.position                                                # [B,N,d]
         for block in self.blocks:
@@ -686,337 +726,250 @@ class DiT(nn.Module):
 
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)               # where losses are compared; t 0 is the image, t 1 noise
-STATE = "state.tmp"                             # of an unfinished run
 
 
 def velocity(dit, z_t, t, target):
-    """The velocity that the DiT predicts at z_t [B,N,n], t [B], itself or by way of the image (`x`: v = (z_t - x) / t)."""
+    """What the DiT predicts at z_t [B,N,n], t [B]: v itself, or the image x, from which v = (z_t - x) / t."""
     out = dit(z_t, t)
-    return out if target == "v" else (z_t - out) / t.clamp(min=0.05)[:, None, None]      # 0.05 as in JiT: at t 0 it would divide by 0
+    return out if target == "v" else (z_t - out) / t.clamp(min=0.05)[:, None, None]      # JiT's bound
 
 
-def overfit(model, path, args, folder):
-    """Train a DiT on the latent of one image and watch the latent loss and the decoded image; the records are also metrics.jsonl.
+def flow_loss(dit, z, batch, target, generator):
+    """mean (vhat - v)^2 at z_t = (1 - t) z + t eps with v = eps - z, for drawn t and eps; z [1,N,n].
 
-    Flow matching: z_t = (1 - t) z + t eps, loss = mean (vhat - v)^2 with v = eps - z, for both --target v and x. With
-    --target v and width d < n the loss cannot go below (n - d) / n (RAE, Theorem 1); with x it can. t is uniform, then shifted
-    for the dimension m = N n: t' = a t / (1 + (a - 1) t), a = sqrt(m / 4096). z has mean 0 and variance 1 over the image.
-    An interrupted run goes on from its last record if weights, image and options are the same.
+    t is uniform, then shifted for the dimension m = N n: t' = a t / (1 + (a - 1) t), a = sqrt(m / 4096).
     """
-    device, folder = model.device, folder / f"{slug(f'{model.name}-{path}')}-{digest(model.name, str(path))[:6]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    image = torch.from_numpy(np.array(center_crop(load_image(path), args.size)))[None]
-    x = to_float(image.to(device))                                                       # [1,3,S,S]
-    x8 = to_uint8(x)
-    with torch.no_grad():
-        z = model.latent(x)[0]                                                           # [1,n,h,w]
-        clean, shape, mean, std = model.decode(z), z.shape[1:], z.mean(), z.std()
+    shift = math.sqrt(z.numel() / 4096)
+    t = torch.rand(batch, device=z.device, generator=generator)                          # [B]
+    t = shift * t / (1 + (shift - 1) * t)
+    a, eps = t[:, None, None], torch.randn(batch, *z.shape[1:], device=z.device, generator=generator)
+    z_t = (1 - a) * z + a * eps                                                          # [B,N,n]
+    # (z_t - z) / t is eps - z, and under the bound on t what --target x can reach
+    v = eps - z if target == "v" else (z_t - z) / a.clamp(min=0.05)
+    return F.mse_loss(velocity(dit, z_t, t, target), v)
+
+
+def overfit(model, args, folder):
+    """Train a DiT on the latent of the image --overfit: records of latent loss and decoded image in `folder`.
+
+    With --target v and a width d < n the loss cannot go below (n - d) / n (RAE, Theorem 1); with x it can.
+    The latent is brought to mean 0 and variance 1.
+    """
+    image = np.array(center_crop(load_image(args.overfit), args.size))
+    x = to_float(torch.from_numpy(image)[None].to(model.device))                         # [1,3,S,S]
+    z, _, clean = model.reconstruct(x)                                                   # [1,n,h,w]
+    mean, std, shape = z.mean(), z.std(), z.shape[2:]
     z = ((z - mean) / std).flatten(2).transpose(1, 2)                                    # [1,N,n]
     _, N, n = z.shape
-    shift = math.sqrt(N * n / 4096)
     torch.manual_seed(0)
-    dit = DiT(N, n, args.dit_width, args.dit_depth).to(device)
+    dit = DiT(N, n, args.dit_width, args.dit_depth).to(model.device)
     optimizer = torch.optim.AdamW(dit.parameters(), lr=args.dit_lr, weight_decay=0)
-    fixed = torch.randn(len(TIMES), N, n, generator=torch.Generator().manual_seed(1)).to(device)
-    at = torch.tensor(TIMES, device=device)
-    generator, records, start = torch.Generator(device), [], 0
-
-    options = {name: value for name, value in vars(args).items() if name.startswith(("dit_", "target", "size", "sample"))}
-    key, state = digest(model.digest, options, image.numpy().tobytes()), folder / STATE
-    if state.exists():
-        saved = torch_load(state)
-        if saved["key"] == key and model.digest:    # without it there are no weights to be seen: they may have changed
-            records, start = saved["records"], saved["records"][-1]["step"]
-            dit.load_state_dict(saved["dit"])
-            optimizer.load_state_dict(saved["optimizer"])
-        print(f"{folder}: " + (f"goes on at step {start}" if records else "starts again: model, image or options differ"))
-
-    def decode(tokens):
-        return model.decode((tokens * std + mean).transpose(1, 2).unflatten(2, shape[1:]))               # [B,N,n] -> [B,3,S,S]
+    eps = torch.randn(len(TIMES), N, n, generator=torch.Generator().manual_seed(1)).to(model.device)
+    t = torch.tensor(TIMES, device=model.device)
+    a, records = t[:, None, None], []
+    floor = max(0, (n - args.dit_width) / n) if args.target == "v" else 0
+    about = {"model": model.name, "n": n, "floor": floor,
+             "reconstruction_psnr": psnr(to_uint8(x), to_uint8(clean)).item()}
 
     @torch.no_grad()
-    def report(step):
-        a = at[:, None, None]
-        z_t = (1 - a) * z + a * fixed
-        v = velocity(dit, z_t, at, args.target)
-        images = torch.cat([decode(token[None]) for token in z_t - a * v])               # [5,3,S,S]
-        sample, grid = fixed[:1], torch.linspace(1, 0, 26, device=device)
-        for t, s in zip(grid[:-1], grid[1:]):                                            # Euler, 25 steps
-            sample = sample + (s - t) * velocity(dit, sample, t[None], args.target)
-        sample = decode(sample)
-        losses = (v - (fixed - z)).square().flatten(1).mean(1)
-        records.append({"step": step, "latent_loss": losses.mean().item(), "rgb_l1": (images - x).abs().mean().item(),
-                        "rgb_psnr": psnr(x8, to_uint8(images)).mean().item(), "sample_psnr": psnr(x8, to_uint8(sample)).item(),
-                        "latent_loss_at": dict(zip(map(str, TIMES), losses.tolist()))})
-        # the image, its reconstruction, what the DiT makes of it from each time, and of pure noise
-        save_grid(folder / f"{step:06}.png", torch.cat([x, clean, images, sample]))
-        write(folder / "metrics.jsonl", lambda file: file.writelines(f"{json.dumps(r)}\n".encode() for r in records))
-        parts = {"key": key, "records": records, "dit": dit.state_dict(), "optimizer": optimizer.state_dict()}
-        write(state, lambda file: torch.save(parts, file))
-
-    if not records:
-        report(0)
-    for step in tqdm(range(start + 1, args.dit_steps + 1), model.name[-30:], args.dit_steps, initial=start, unit="step"):
-        generator.manual_seed(step)             # the draws of a step depend on its number alone: not on an interruption
-        t = torch.rand(args.dit_batch, device=device, generator=generator)
-        t = shift * t / (1 + (shift - 1) * t)
-        a, eps = t[:, None, None], torch.randn(args.dit_batch, N, n, device=device, generator=generator)
+    def record(step):
         z_t = (1 - a) * z + a * eps
-        # (z_t - z) / t is eps - z, and under the bound on t what --target x can reach
-        v = eps - z if args.target == "v" else (z_t - z) / a.clamp(min=0.05)
-        loss = F.mse_loss(velocity(dit, z_t, t, args.target), v)
+        v = velocity(dit, z_t, t, args.target)
+        losses = (v - (eps - z)).square().flatten(1).mean(1)
+        latents = ((z_t - a * v) * std + mean).transpose(1, 2).unflatten(2, shape)       # [5,n,h,w]
+        images = torch.cat([model.decode(latent[None]) for latent in latents])           # [5,3,S,S]
+        records.append(about | {
+            "step": step, "latent_loss": losses.mean().item(), "rgb_l1": (images - x).abs().mean().item(),
+            "rgb_psnr": psnr(to_uint8(x), to_uint8(images)).mean().item(),
+            "latent_loss_at": dict(zip(map(str, TIMES), losses.tolist()))})
+        write(folder / "metrics.jsonl", lambda file: file.writelines(map(to_json, records)))
+        # the image, its reconstruction, what the DiT makes of it from each time
+        save_grid(folder / f"{step:06}.png", torch.cat([x, clean, images]))
+
+    record(0)
+    generator = torch.Generator(model.device)
+    for step in tqdm(range(1, args.dit_steps + 1), model.name[-30:], unit="step"):
+        loss = flow_loss(dit, z, args.dit_batch, args.target, generator.manual_seed(step))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         if step % max(1, args.dit_steps // 20) == 0 or step == args.dit_steps:
-            report(step)
-    floor = max(0.0, (n - args.dit_width) / n) if args.target == "v" else 0.0
-    return {"model": model.name, "image": str(path), "n": n, "tokens": N, "width": args.dit_width, "target": args.target,
-            "floor": floor, "reconstruction_psnr": psnr(x8, to_uint8(clean)).item(), "records": records}
-
-
-def overfit_all(args, device):
-    """--overfit of every model on every image: a table of the last losses, the two rankings, overfit.json and curve.png."""
-    if world() > 1:
-        raise ValueError("--overfit trains on one device: run it without torchrun")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(f"--overfit draws its curve with matplotlib, this project's extra `plot`: {error}") from error
-    folder, models = args.out or Path("runs/overfit"), [load_model(spec, args, device) for spec in args.models]
-    runs = [overfit(model, path, args, folder) for model in models for path in args.overfit]
-    last, losses = [r | r["records"][-1] for r in runs], ("latent_loss", "rgb_l1")
-    print_table(last, {"n": 0, "floor": 4} | dict.fromkeys(losses, 4) | {"rgb_psnr": 2, "sample_psnr": 2, "reconstruction_psnr": 2})
-    ranking = {key: [f"{r['model']} {r['image']}" for r in sorted(last, key=lambda r: r[key])] for key in losses}
-    figure = Figure(figsize=(10, 4), layout="tight")
-    for axis, (key, order) in zip(figure.subplots(1, 2), ranking.items()):
-        print(f"  best to worst by {key}: {', '.join(order)}")
-        for r in runs:
-            label = f"{r['model'][-30:]} {Path(r['image']).stem}"
-            axis.semilogy([p["step"] for p in r["records"]], [p[key] for p in r["records"]], label=label)
-        axis.set(xlabel="step", ylabel=key)
-        axis.legend()
-    write(folder / "curve.png", lambda file: figure.savefig(file, format="png"))
-    write(folder / "overfit.json", lambda file: file.write(f"{json.dumps({'runs': runs, 'ranking': ranking}, indent=1)}\n".encode()))
-    for state in folder.glob(f"*/{STATE}"):
-        state.unlink()
-
-
-# ------------------------------------------------------------------ latents on disk
-
-def metadata(path):
-    """The __metadata__ of a safetensors file that load_safetensors has accepted."""
-    with open(path, "rb") as file:
-        return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__", {})
-
-
-@torch.no_grad()
-def encode_folder(model, args):
-    """Latents of all images of --encode: OUT with `mean` and `std` [C], and shards OUT-00000.safetensors.. beside it.
-
-    A shard holds z [n,C,h,w] fp16, labels [n] and, in its metadata, the files' names. One that is there and was made by the same
-    weights, images and crop is not made again. Under torchrun each rank makes its own shards.
-    """
-    folder, sums = ImageFolder(args.encode, option="--encode"), torch.zeros(2, model.shape[0], dtype=torch.float64)
-    crops, names = Crops(args.size, folder), [str(Path(f).relative_to(args.encode)) for f in folder.files]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    images = [(name, os.stat(f).st_size, os.stat(f).st_mtime_ns) for name, f in zip(names, folder.files)]
-    key = digest(model.digest or model.name, args.size, args.sample, args.shard, images)
-    paths = [args.out.with_name(f"{args.out.stem}-{i:05}.safetensors") for i in range(math.ceil(len(names) / args.shard))]
-    for i, path in list(enumerate(paths))[rank()::world()]:
-        shard = range(len(names))[i * args.shard:(i + 1) * args.shard]
-        z = None
-        if path.exists():
-            z = load_safetensors(path).get("z")
-            if metadata(path).get("key") != key:
-                raise ValueError(f"{path} holds latents of another model, crop, --shard or images: delete it, or choose another --out")
-        if z is None or model.digest is None:   # weights that cannot be seen may have changed
-            steps = [shard[j:j + args.batch] for j in range(0, len(shard), args.batch)]
-            z = torch.cat([model.latent(to_float(x.to(model.device)), index[0].item())[0].half().cpu()
-                           for index, x, _ in batches(crops, steps, args, path.stem)])
-            if not z.isfinite().all():
-                raise ValueError(f"{model.name} makes latents that do not fit fp16, NaN or beyond 65504")
-            save_safetensors({"z": z, "labels": torch.tensor(folder.labels[shard.start:shard.stop])}, path,
-                             {"key": key, "names": json.dumps(names[shard.start:shard.stop])})
-        sums += latent_sums(z)
-    mean, std = latent_mean_std(sums.to(model.device), len(names))
-    if rank() == 0:
-        save_safetensors({"mean": mean.float(), "std": std.float()}, args.out,
-                         {"key": key, "model": model.name, "size": str(args.size), "shards": json.dumps([p.name for p in paths])})
-        print(f"{args.out}: mean and std of {len(names)} latents in {len(paths)} shards beside it")
-
-
-@torch.no_grad()
-def decode_file(model, args):
-    """The images of --decode, an OUT of --encode or one shard, as PNGs in --out. An image that is there is not made again."""
-    if not args.decode.is_file():
-        raise ValueError(f"there is no file {args.decode} to decode: name one that --encode wrote")
-    paths = [args.decode]
-    if "z" not in load_safetensors(args.decode):
-        paths = [args.decode.with_name(name) for name in json.loads(metadata(args.decode).get("shards", "[]"))]
-    if not paths:
-        raise ValueError(f"{args.decode} holds neither latents z nor a list of shards: name a file that --encode wrote")
-    for path in paths[rank()::world()]:
-        z = load_safetensors(path)["z"]
-        names = json.loads(metadata(path).get("names", json.dumps([f"{path.stem}-{i:06}" for i in range(len(z))])))
-        targets = [args.out / (name if name.endswith(".png") else name + ".png") for name in names]
-        if z.shape[1] != model.shape[0]:
-            raise ValueError(f"{path} holds latents of {z.shape[1]} channels, {model.name} takes {model.shape[0]}: name the one that made them")
-        if len(set(targets)) < len(targets) or any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
-            raise ValueError(f"{path} names two latents alike, or a file outside of {args.out}: encode the images again under other names")
-        todo = [i for i, target in enumerate(targets) if not target.exists()]
-        if len(todo) < len(targets):
-            print(f"{args.out}: {len(targets) - len(todo)} of the {len(targets)} images of {path.name} are there already and stay as they are")
-        for i in tqdm(range(0, len(todo), args.batch), path.stem, unit="batch", disable=rank() != 0):
-            part = todo[i:i + args.batch]
-            for j, image in zip(part, to_uint8(model.decode(z[part].float().to(model.device)))):
-                targets[j].parent.mkdir(parents=True, exist_ok=True)
-                png = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-                write(targets[j], lambda file: png.save(file, format="png"))
+            record(step)
+    return records[-1]
 
 
 # ------------------------------------------------------------------ the command
 
-def parse(argv):
+def at_least(low):
+    def number(text):
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"must be {low} or more")
+        return int(text)
+    return number
+
+
+def options(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    p.add_argument("models", nargs="+", metavar="MODEL", help="ckpt.pt, diffusers:NAME_OR_FOLDER or FILE.py:FACTORY")
-    p.add_argument("--data", default="data/imagenet/val", metavar="DIR", help="the images to score (class folders for the probe)")
-    p.add_argument("--train", default="data/imagenet/train", metavar="DIR", help="the probe's training images")
-    p.add_argument("--split", choices=["parity"],
-                   help="score the images at odd positions in each class of --data, and train the probe on the even ones")
-    p.add_argument("--size", type=int, default=256, help="of the centre crop")
+    count = at_least(1)
+    p.add_argument("models", nargs="+", metavar="MODEL", help="CKPT.pt, diffusers:NAME, FILE.py:FACTORY")
+    p.add_argument("--data", default="data/imagenet/val", metavar="DIR", help="images to score")
+    p.add_argument("--train", default="data/imagenet/train", metavar="DIR", help="images to train the probe")
+    p.add_argument("--size", type=at_least(16), default=256, help="of the centre crop")
     p.add_argument("--sample", action="store_true", help="draw z from the posterior; default is its mean")
     p.add_argument("--skip", default="", metavar="A,B", help="leave out some of fid, lpips, probe")
-    p.add_argument("--fid-dims", type=int, default=2048, choices=[64, 192, 768, 2048], help="Inception's features")
+    p.add_argument("--fid-dims", type=int, default=2048, choices=[64, 192, 768, 2048], help="features")
     p.add_argument("--fid-resize", default="tf1", choices=["tf1", "torch"], help="torch: pytorch-fid's")
-    p.add_argument("--inception", default="weights/pt_inception-2015-12-05-6726825d.pth", metavar="FILE", help="its weights")
+    p.add_argument("--inception", type=Path, metavar="FILE",
+                   default="weights/pt_inception-2015-12-05-6726825d.pth", help="its weights")
     p.add_argument("--lpips-net", default="vgg", choices=["vgg", "alex", "squeeze"], help="LPIPS' trunk")
-    p.add_argument("--lpips-weights", default="weights/vgg16-397923af.pth", metavar="FILE", help="torchvision's file of that net")
-    p.add_argument("--probe", default="full", choices=["full", "cached", "knn"], help="linear on random crops, linear on centre crops, k-NN")
-    p.add_argument("--probe-iterations", type=int, default=12500, help="of the linear ones")
-    p.add_argument("--batch", type=int, default=32, help="images at a time on each device")
-    p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that decode images, for each device")
+    p.add_argument("--lpips-weights", default="weights/vgg16-397923af.pth", metavar="FILE", help="its file")
+    p.add_argument("--probe", default="full", choices=["full", "cached"], help="on random or on centre crops")
+    p.add_argument("--probe-iterations", type=count, default=12500, help="of the probe's training")
+    p.add_argument("--batch", type=count, default=32, help="images at a time on each device")
+    p.add_argument("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="for each device")
     p.add_argument("--out", type=Path, metavar="PATH", help="JSON file (default beside the checkpoint)")
-    p.add_argument("--profile", action="store_true", help="images/s by part")
-    p.add_argument("--encode", metavar="DIR", help="write the latents of the images in DIR to --out FILE.safetensors")
-    p.add_argument("--shard", type=int, default=1024, help="latents in a file of --encode (1024 of 1280x16x16 are 0.7 GB)")
-    p.add_argument("--decode", type=Path, metavar="FILE", help="write the images of latents to the folder --out")
-    p.add_argument("--overfit", nargs="+", metavar="IMAGE", help="train a DiT on each latent; --out is a folder (runs/overfit)")
-    p.add_argument("--target", default="v", choices=["v", "x"], help="what the DiT predicts; the loss is of v either way")
-    for name, default in (("width", 384), ("depth", 12), ("steps", 1200), ("batch", 32), ("lr", 2e-4)):
-        p.add_argument(f"--dit-{name}", type=type(default), default=default, help="of --overfit")
+    p.add_argument("--shard", type=count, default=1024, help="latents in a file (1024: 0.7 GB)")
+    mode = p.add_mutually_exclusive_group()
+    mode.add_argument("--encode", type=Path, metavar="DIR", help="write its latents to --out FILE")
+    mode.add_argument("--decode", type=Path, metavar="FILE", help="write the images of latents to --out DIR")
+    mode.add_argument("--overfit", metavar="IMAGE", help="train a DiT on its latent; --out DIR")
+    p.add_argument("--target", default="v", choices=["v", "x"], help="what it predicts; the loss is of v")
+    p.add_argument("--dit-width", type=count, default=384, help="of --overfit")
+    p.add_argument("--dit-depth", type=count, default=12, help="of --overfit")
+    p.add_argument("--dit-steps", type=count, default=1200, help="of --overfit")
+    p.add_argument("--dit-batch", type=count, default=32, help="of --overfit")
+    p.add_argument("--dit-lr", type=float, default=2e-4, help="of --overfit")
     args = p.parse_args(argv)
     args.skip = set(filter(None, args.skip.split(",")))
     if args.skip - {"fid", "lpips", "probe"}:
         p.error(f"--skip takes fid, lpips and probe, not {','.join(sorted(args.skip))}")
-    counts = ("batch", "probe_iterations", "shard", "dit_width", "dit_depth", "dit_steps", "dit_batch")
-    for name, least in ({"size": 16, "workers": 0} | dict.fromkeys(counts, 1)).items():
-        if getattr(args, name) < least:
-            p.error(f"--{name.replace('_', '-')} must be {least} or more")
-    modes = [m for m in ("encode", "decode", "overfit") if getattr(args, m)]
-    if len(modes) > 1:
-        p.error("give one of --encode, --decode, --overfit")
-    if len(args.models) > 1 and not args.overfit and (modes or args.out):
-        p.error("--encode, --decode and --out go with one model: drop the option, or name the models one by one")
     if (args.encode or args.decode) and not args.out:
         p.error("--encode needs --out FILE.safetensors, --decode needs --out DIR")
-    folder_wanted = bool(args.decode or args.overfit)
-    if args.out and args.out.exists() and not (args.out.is_dir() if folder_wanted else args.out.is_file()):      # a device is neither
-        raise ValueError(f"--out {args.out} is no {'folder' if folder_wanted else 'file'}: name another")
+    if len(args.models) > 1 and args.out and not args.overfit:
+        p.error("--out goes with one model: drop the option, or name the models one by one")
     for spec in args.models:
-        file = spec.rpartition(":")[0] if ".py:" in spec else spec
-        if file.endswith(".py") and file == spec:
-            raise ValueError(f"{spec} needs the name of a function in it: {spec}:FACTORY")
-        if not spec.startswith("diffusers:") and not Path(file).is_file():
-            raise ValueError(f"there is no file {file}: name a checkpoint of train.py, diffusers:NAME_OR_FOLDER or FILE.py:FACTORY")
+        file = Path(spec.rpartition(":")[0] if ".py:" in spec else spec)
+        require(spec.startswith("diffusers:") or file.is_file() and not spec.endswith(".py"),
+                f"there is no file {file}, or no {file}:FACTORY: name a checkpoint of train.py, "
+                "diffusers:NAME_OR_FOLDER or FILE.py:FACTORY")
     return args
 
 
 def main(argv=None):
-    args = parse(argv)
-    if "RANK" in os.environ:                    # torchrun
+    args = options(argv)
+    check_launcher()
+    if WORLD > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        torch.cuda.set_device(device)           # what NCCL and its barrier take
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     # fp32 means fp32: TF32 alone moves an rFID in the third digit
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
     if args.encode or args.decode:
         (encode_folder if args.encode else decode_file)(load_model(args.models[0], args, device), args)
     else:
         (overfit_all if args.overfit else score_all)(args, device)
-    if dist.is_initialized():                   # not after an error: it would wait for the ranks that have met none
+    if dist.is_initialized():                   # not after an error: it would wait for ranks that met none
         dist.destroy_process_group()
 
 
 def score_all(args, device):
-    """Score every model on the command line: a JSON and a grid for each, one table at the end."""
-    test, train, lpips, inception, rows = ImageFolder(args.data, split="odd" if args.split else "all"), None, None, None, []
+    """Score every model on the command line: a JSON and a picture for each, one table at the end."""
+    test, train, lpips, inception = ImageFolder(args.data), None, None, None
     if "probe" not in args.skip:
-        train = ImageFolder(args.data, split="even") if args.split else ImageFolder(args.train, option="--train, or --skip probe")
-        check_probe(train, test, args)
+        train = ImageFolder(args.train, option="--train, or --skip probe")
+        check_probe(train, test)
+    outputs = [args.out or default_output(spec) for spec in args.models]
+    for out in outputs:
+        check_output(out, test, *([train] if train else []))
     if "lpips" not in args.skip:
         lpips = LPIPS(args.lpips_net, args.lpips_weights).to(device)
     if "fid" not in args.skip:
         inception = FIDInception(args.inception, args.fid_dims, args.fid_resize).to(device)
-    for spec in args.models:
-        model = load_model(spec, args, device)
-        beside = Path(spec).with_suffix(".eval.json") if isinstance(model.model, SAE) else Path("runs") / slug(spec) / "eval.json"
-        out = args.out or beside
-        out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"model": spec, "weights_sha256": model.digest, "protocol": protocol(model, args)}
-        result |= score(model, test, lpips, inception, args)
 
-        def write_result(more):
-            if rank() == 0:
-                write(out, lambda file: file.write(f"{json.dumps(result | more, indent=1)}\n".encode()))
-        if rank() == 0:
-            write_grid(model, test, args.size, out.with_suffix(".png"))
-        if train:
-            write_result({"unfinished": "probe"})       # which can take hours: the rest is not lost with it
-            result |= probe(model, train, test, args, out.parent)
-        write_result({})
-        rows.append({f"probe {kind}": right for kind, right in result.get("probe", {}).items()} | result)
-    if rank() == 0:
-        probes = {f"probe {kind}": 2 for kind in ("cls+patch", "patch", "mu")}
-        print_table(rows, {"images": 0} | probes | {"psnr": 2, "ssim": 4, "lpips": 4, "rfid": 3})
-        for line in [r["warning"] for r in rows if "warning" in r] + [f"{k}: {v}" for k, v in rows[-1]["protocol"].items()]:
-            print(" ", line)
+    rows = []
+    try:
+        for spec, out in zip(args.models, outputs):
+            model = load_model(spec, args, device)
+            row = {"model": spec, "identity": model.identity, "protocol": protocol(model, args)}
+            row |= score(model, test, lpips, inception, args)
+            rows.append(row)
+            write_json(out, row | ({"unfinished": "probe"} if train else {}))
+            if RANK == 0:
+                write_grid(out.with_suffix(".png"), model, test, args.size)
+            if train:
+                row |= probe(model, train, test, args, out.parent)
+                write_json(out, row)
+    finally:                                    # also when a file cannot be written, or a later model fails
+        if rows and RANK == 0:
+            print_scores(rows)
+
+
+def default_output(spec):
+    """The JSON of a checkpoint is beside it, that of a peer in runs/."""
+    if spec.startswith("diffusers:") or ".py:" in spec:
+        return Path("runs") / re.sub(r"[^\w.-]+", "-", spec).strip("-.") / "eval.json"
+    return Path(spec).with_suffix(".eval.json")
+
+
+def write_json(path, row):
+    if RANK == 0:
+        write(path, lambda file: file.write(to_json(row, indent=1)))
+
+
+def write_grid(path, model, folder, size):
+    """Eight images of the set, evenly spaced, as a PNG: originals, reconstructions, |difference|."""
+    crops, index = Crops(size, folder), np.linspace(0, len(folder) - 1, min(8, len(folder))).astype(int)
+    x = to_float(torch.stack([crops[i][1] for i in index])).to(model.device)             # [8,3,S,S]
+    y = torch.cat([model.reconstruct(image[None], int(i))[2] for image, i in zip(x, index)]).clamp(-1, 1)
+    save_grid(path, x, y, (x - y).abs() - 1)
 
 
 def protocol(model, args):
     """What the numbers mean: printed under the table and kept in the JSON."""
+    weights = "EMA weights, " if isinstance(model.model, SAE) else ""
     z = "drawn from the posterior" if args.sample else "the posterior's mean, where there is a posterior"
-    heads = f"{args.probe_iterations} iterations, the learning rate chosen on a third of the training images"
-    features = f"{'bf16' if model.device.type == 'cuda' else 'fp32'} encoder"
-    lines = {
-        "images": f"{args.data}{', odd positions of each class' if args.split else ''}: ADM centre crop {args.size}, "
-                  "both sides rounded to uint8",
-        "model": f"{'EMA weights, ' if isinstance(model.model, SAE) else ''}z {z}, fp32",
-        "psnr": "RGB, range 255, mean over images",
-        "ssim": "11 taps, sigma 1.5, per channel, reflect padding, full map",
-        "lpips": f"{args.lpips_net}, version 0.1",
-        "fid": f"{args.fid_dims} features of {Path(args.inception).name}, {args.fid_resize} resize to 299, fp32",
-        "probe": {"knn": f"k-NN, k 10, T 0.07, on centre crops, {features}, kept in fp16",
-                  "cached": f"linear, on centre crops, {heads}, {features}, kept in fp16",
-                  "full": f"linear, on random crops, {heads}, {features}"}[args.probe],
-        "versions": f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"}
-    return {key: line for key, line in lines.items() if key not in args.skip}
+    precision = "bf16" if model.device.type == "cuda" else "fp32"
+    crops = {"full": "random crops", "cached": "centre crops, features kept in fp16"}[args.probe]
+    lines = {"images": IMAGES_PROTOCOL, "model": f"{weights}z {z}, fp32", "psnr": PSNR_PROTOCOL,
+             "ssim": SSIM_PROTOCOL, "lpips": LPIPS_PROTOCOL, "fid": FID_PROTOCOL, "probe": PROBE_PROTOCOL,
+             "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}"}
+    known = vars(args) | {"probe": f"on {crops}, {precision} encoder"}
+    return {key: line.format(**known) for key, line in lines.items() if key not in args.skip}
+
+
+def print_scores(rows):
+    table = [row | {f"probe {kind}": right for kind, right in row.get("probe", {}).items()} for row in rows]
+    columns = {"images": 0, "probe cls+patch": 2, "probe patch": 2, "probe mu": 2, "psnr": 2, "ssim": 4,
+               "lpips": 4, "rfid": 3} | ({"exact": 0} if any(row["exact"] for row in rows) else {})
+    print_table(table, columns)
+    for line in [row["warning"] for row in rows if "warning" in row]:
+        print(" ", line)
+    for key, line in rows[-1]["protocol"].items():
+        print(f"  {key}: {line}")
 
 
 def print_table(rows, columns):
-    """One line a row: its model, then the columns {key: digits}, those that no row has left out."""
-    columns = {key: digits for key, digits in columns.items() if any(key in r for r in rows)}
+    """One line a row: its model, then the columns {key: digits}, but those that all rows have left out."""
+    columns = {key: digits for key, digits in columns.items() if any(key in row for row in rows)}
     print(f"{'model':40}", *(f"{key:>{len(key) + 2}}" for key in columns))
-    for r in rows:
-        cells = (f"{r[key]:.{digits}f}" if key in r else "-" for key, digits in columns.items())
-        print(f"{r['model'][-40:]:40}", *(f"{cell:>{len(key) + 2}}" for key, cell in zip(columns, cells)))
+    for row in rows:
+        cells = ("-" if row.get(key) is None else f"{row[key]:.{digits}f}" for key, digits in columns.items())
+        print(f"{row['model'][-40:]:40}", *(f"{cell:>{len(key) + 2}}" for key, cell in zip(columns, cells)))
+
+
+def overfit_all(args, device):
+    """--overfit of every model, each in a folder of its own, and one table."""
+    require(WORLD == 1, "--overfit trains on one device: run it without torchrun")
+    rows = []
+    for i, spec in enumerate(args.models):
+        folder = (args.out or Path("runs/overfit")) / f"{i}-{Path(spec).stem}"
+        check_output(folder / "metrics.jsonl")
+        rows.append(overfit(load_model(spec, args, device), args, folder))
+    print_table(rows, {"n": 0, "floor": 4, "latent_loss": 4, "rgb_l1": 4, "rgb_psnr": 2,
+                       "reconstruction_psnr": 2})
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"eval.py: {error}")
-    except OSError as error:                    # a full disk's error names no file
-        sys.exit(f"eval.py: {error.filename or 'writing the results'}: {error.strerror or error}")
+    command(main)

@@ -34,9 +34,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
-def demand(good, problem):
-    if not good:
-        raise ValueError(problem)
+def require(condition, sentence):
+    """ValueError with `sentence`, which says what is wrong and how to mend it, unless the condition holds."""
+    if not condition:
+        raise ValueError(sentence)
 
 
 # ------------------------------------------------------------------ ops
@@ -329,13 +330,13 @@ class DINOv3Config:
         self.activation = self.activation or ("silu" if self.gated else "gelu")
         self.eps, self.rope_base = float(self.eps), float(self.rope_base)
         self.mean, self.std = tuple(map(float, self.mean)), tuple(map(float, self.std))
-        demand(self.activation in list(ACTIVATIONS),
-               f"its activation is {self.activation!r}: gelu and silu are implemented")
-        demand(self.width % self.head_dim == 0,
-               f"its width {self.width} is no multiple of {self.head_dim}, the width of a head")
-        demand(self.head_dim % 4 == 0, f"its heads are {self.head_dim} wide, which is no multiple of 4")
-        demand(len(self.mean) == len(self.std) == 3, "its mean and std of images are not three numbers each")
-        demand(min(self.eps, self.rope_base, *self.std) > 0, "its eps, RoPE base or std is not positive")
+        require(self.activation in list(ACTIVATIONS),
+                f"its activation is {self.activation!r}: gelu and silu are implemented")
+        require(self.width % self.head_dim == 0,
+                f"its width {self.width} is no multiple of {self.head_dim}, the width of a head")
+        require(self.head_dim % 4 == 0, f"its heads are {self.head_dim} wide, which is no multiple of 4")
+        require(len(self.mean) == len(self.std) == 3, "its mean and std of images are not three numbers each")
+        require(min(self.eps, self.rope_base, *self.std) > 0, "its eps, RoPE base or std is not positive")
 
 
 def check_images(x, multiple):
@@ -465,11 +466,11 @@ class DINOv3(nn.Module):
         wrong += [f"{n} is {list(t.shape)}, not {list(expected[n])}"
                   for n, t in tensors.items() if t.shape != expected.get(n, t.shape)]
         more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        demand(not wrong, f"{path} is not a DINOv3 ViT of width {cfg.width} and depth {cfg.depth}: "
+        require(not wrong, f"{path} is not a DINOv3 ViT of width {cfg.width} and depth {cfg.depth}: "
                           f"{'; '.join(wrong[:10])}{more}")
         for n, t in tensors.items():            # NaN or infinity anywhere is one in the extremes, in one pass
-            demand(not t.numel() or all(x.isfinite() for x in t.aminmax()),
-                   f"{path} holds NaN or infinity in {n}: fetch or train it again")
+            require(not t.numel() or all(x.isfinite() for x in t.aminmax()),
+                    f"{path} holds NaN or infinity in {n}: fetch or train it again")
         model.load_state_dict(tensors, assign=True)
         return model.eval()
 
@@ -652,8 +653,8 @@ class SAE(nn.Module):
 
     def latent_statistics(self):
         """latent_mean and latent_std as [z_dim,1,1]. ValueError when they have not been computed."""
-        demand(not self.latent_mean.isnan().any() and not self.latent_std.isnan().any(),
-               "latent_mean and latent_std are absent: train.py computes them at the last step of a run")
+        require(not self.latent_mean.isnan().any() and not self.latent_std.isnan().any(),
+                "latent_mean and latent_std are absent: train.py computes them at the last step of a run")
         return self.latent_mean[:, None, None], self.latent_std[:, None, None]
 
     def forward(self, x, seed, offset=0):
@@ -680,10 +681,10 @@ CHECKPOINT_VERSION = 2
 
 def load_checkpoint(path):
     """The dict that train.py saved at `path`, on the CPU and mapped. ValueError for anything else."""
-    demand(Path(path).is_file(), f"there is no checkpoint {path}")
+    require(Path(path).is_file(), f"there is no checkpoint {path}")
     ckpt = torch_load(path)
-    demand(isinstance(ckpt, dict) and ckpt.get("version") == CHECKPOINT_VERSION,
-           f"{path} is no S-AE checkpoint of version {CHECKPOINT_VERSION}: train.py writes those")
+    require(isinstance(ckpt, dict) and ckpt.get("version") == CHECKPOINT_VERSION,
+            f"{path} is no S-AE checkpoint of version {CHECKPOINT_VERSION}: train.py writes those")
     return ckpt
 
 
@@ -707,8 +708,8 @@ def rename_dinov3(tensors, path, dtype):
         tensors = {name.removeprefix(common[0]): t for name, t in tensors.items()}
     ours = {}
     for name, t in tensors.items():
-        demand(t.is_floating_point(),
-               f"{path} holds {name} as {t.dtype}: quantised weights are not read, fetch the original")
+        require(t.is_floating_point(),
+                f"{path} holds {name} as {t.dtype}: quantised weights are not read, fetch the original")
         for pattern, replacement in RENAMES:
             name = pattern.sub(replacement, name)
         if not PRETRAINING_ONLY.match(name):
@@ -716,7 +717,7 @@ def rename_dinov3(tensors, path, dtype):
     if "cls_token" in tensors:          # Meta and timm leave out what Hugging Face keeps empty
         ours.setdefault("registers", tensors["cls_token"][:, :0])
     for name in "cls_token", "registers", "blocks.0.norm1.weight":
-        demand(name in ours, f"{path} holds no DINOv3 ViT: no {name} among its {len(tensors)} tensors")
+        require(name in ours, f"{path} holds no DINOv3 ViT: no {name} among its {len(tensors)} tensors")
     for i in range(count_blocks(ours)):
         pack_qkv(ours, f"blocks.{i}.", dtype)
     return {name: t.to(dtype) for name, t in ours.items()}
@@ -758,15 +759,15 @@ def settings_beside(folder):
     config = read_json(file) if file.exists() else {}
     images = read_json(images_file) if images_file.exists() else {}
     kind = config.get("model_type", config.get("architecture"))
-    demand(not config or "dinov3" in str(kind), f"{file} describes {kind}, not a DINOv3 ViT")
+    require(not config or "dinov3" in str(kind), f"{file} describes {kind}, not a DINOv3 ViT")
     if "architecture" in config:        # timm's: what its models of that name have, but for model_args
         images = config.get("pretrained_cfg", {})
         other = config.get("model_args", {}).keys() - TIMM_ARGUMENTS
-        demand(not other, f"{file} has model_args that are not implemented: {', '.join(sorted(other))}")
+        require(not other, f"{file} has model_args that are not implemented: {', '.join(sorted(other))}")
         config = {}
     for key, value in ("do_normalize", True), ("do_rescale", True), ("rescale_factor", 1 / 255):
-        demand(images.get(key, value) == value,
-               f"{images_file} has {key} {images.get(key)}: only {value} is implemented")
+        require(images.get(key, value) == value,
+                f"{images_file} has {key} {images.get(key)}: only {value} is implemented")
 
     settings = {ours: config[key] for key, ours in CONFIG_KEYS.items() if key in config}
     for name in "mean", "std":
@@ -791,19 +792,20 @@ def config_of_dinov3(tensors, path):
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     settings = settings_beside(folder)
     for name in seen.keys() & settings.keys():
-        demand(settings[name] == seen[name], f"{folder / 'config.json'} gives the {name} {settings[name]!r}, "
-               f"but the weights have {seen[name]!r}: it belongs to others")
+        require(settings[name] == seen[name],
+                f"{folder / 'config.json'} gives the {name} {settings[name]!r}, but the weights have "
+                f"{seen[name]!r}: it belongs to others")
     heads = settings.pop("heads", None)
     head_dim = 128 if width == 4096 else 64                         # of Meta's models: 7B has wider heads
     periods = tensors.pop("rope_embed.periods", None)               # Meta's files: base^(4j / head_dim)
     if periods is not None:
         head_dim = 4 * len(periods)
         expected = DINOv3Config.rope_base ** torch.linspace(0, 1, len(periods) + 1)[:-1]
-        demand(torch.allclose(periods.float(), expected, rtol=0.01),
-               f"{path} has RoPE periods of another base than {DINOv3Config.rope_base}: not implemented")
+        require(torch.allclose(periods.float(), expected, rtol=0.01),
+                f"{path} has RoPE periods of another base than {DINOv3Config.rope_base}: not implemented")
     try:
         if heads is not None:
-            demand(width % heads == 0, f"its {heads} heads do not divide its width {width}")
+            require(width % heads == 0, f"its {heads} heads do not divide its width {width}")
             head_dim = width // heads
         return DINOv3Config(head_dim=head_dim, **{**seen, **settings})
     except (TypeError, ValueError, ZeroDivisionError) as error:
@@ -820,27 +822,27 @@ def load_tensors(path):
     if path.is_dir():
         whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
         path = index if index.exists() and not whole.exists() else whole
-    demand(path.is_file(), f"there is no file {path}")
+    require(path.is_file(), f"there is no file {path}")
     if path.suffix == ".safetensors":
         return load_safetensors(path)
     if path.suffix == ".json":
         return load_shards(path)
     tensors = torch_load(path)
     by_name = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
-    demand(by_name and all(torch.is_tensor(t) for t in tensors.values()),
-           f"{path} holds no tensors by name, but other things: give a file of weights alone")
+    require(by_name and all(torch.is_tensor(t) for t in tensors.values()),
+            f"{path} holds no tensors by name, but other things: give a file of weights alone")
     return tensors
 
 
 def load_shards(index):
     """The tensors of the files that an index lists: {"weight_map": {tensor: file in the same folder}}."""
     file_of = read_json(index).get("weight_map")
-    demand(isinstance(file_of, dict), f"{index} has no weight_map from tensors to files")
+    require(isinstance(file_of, dict), f"{index} has no weight_map from tensors to files")
     tensors = {}
     for file in sorted(set(map(str, file_of.values()))):
         tensors |= load_tensors(index.parent / file)
     odd = sorted(file_of.keys() ^ tensors.keys())
-    demand(not odd, f"{index} and its files differ in {', '.join(odd[:5])}: fetch them again")
+    require(not odd, f"{index} and its files differ in {', '.join(odd[:5])}: fetch them again")
     return tensors
 
 
@@ -850,7 +852,7 @@ def read_json(path):
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): fetch it again") from error
-    demand(isinstance(content, dict), f"{path} holds no JSON object: fetch it again")
+    require(isinstance(content, dict), f"{path} holds no JSON object: fetch it again")
     return content
 
 
@@ -872,10 +874,10 @@ def refuse_text(path):
     """ValueError for what a download may leave in place of weights."""
     with open(path, "rb") as file:
         start = file.read(100).lstrip().lower()
-    demand(not start.startswith(b"version https://git-lfs"),
-           f"{path} is a Git LFS pointer, not the weights that it stands for: run `git lfs pull`")
-    demand(not start.startswith((b"<!doctype", b"<html", b"<?xml")),
-           f"{path} is a web page, not weights: its address may ask for a login or a licence")
+    require(not start.startswith(b"version https://git-lfs"),
+            f"{path} is a Git LFS pointer, not the weights that it stands for: run `git lfs pull`")
+    require(not start.startswith((b"<!doctype", b"<html", b"<?xml")),
+            f"{path} is a web page, not weights: its address may ask for a login or a licence")
 
 
 # A safetensors file: the header's length (8 bytes, little-endian), the header (JSON: name -> dtype, shape,
@@ -939,30 +941,30 @@ def read_header(file):
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     start = 8 + length
-    demand(start <= size, f"its {size} bytes are too few for the first 8 and a header of {length}")
-    demand(length <= MAX_HEADER, f"its header of {length} bytes is over the limit of {MAX_HEADER}")
+    require(start <= size, f"its {size} bytes are too few for the first 8 and a header of {length}")
+    require(length <= MAX_HEADER, f"its header of {length} bytes is over the limit of {MAX_HEADER}")
     header = parse_header(file.read(length))
     for name, info in header.items():
-        demand(is_entry(info), f"tensor {name!r} needs a known dtype, sizes as shape and two data_offsets, "
-               f"and has {info!r:.200}")
+        require(is_entry(info), f"tensor {name!r} needs a known dtype, sizes as shape and two data_offsets, "
+                f"and has {info!r:.200}")
 
     entries, position = [], 0
     for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (begin, end) = SAFETENSORS_DTYPES[info["dtype"]], info["shape"], info["data_offsets"]
         label = f"tensor {name!r} ({info['dtype']} {shape!r:.80})"
         if info["dtype"] == "F4":
-            demand(shape and shape[-1] % 2 == 0, f"{label} needs an even last dimension")
+            require(shape and shape[-1] % 2 == 0, f"{label} needs an even last dimension")
             shape = [*shape[:-1], shape[-1] // 2]
         count_fits = all(n < 2 ** 64 for n in accumulate(shape, mul))
         nbytes = math.prod(shape) * dtype.itemsize
-        demand(count_fits, f"{label} has more items than 64 bits can count")
-        demand(begin == position, f"{label} begins at byte {begin}, but the one before it ends at {position}")
-        demand(end - begin == nbytes, f"{label} takes {nbytes} bytes, but has data_offsets {begin} and {end}")
-        demand(begin % dtype.itemsize == 0 or not nbytes, f"{label} is misaligned: it begins at byte {begin}")
-        demand(start + end <= size, f"{label} should end at byte {start + end}, but the file ends at {size}")
+        require(count_fits, f"{label} has more items than 64 bits can count")
+        require(begin == position, f"{label} begins at byte {begin}, the one before it ends at {position}")
+        require(end - begin == nbytes, f"{label} takes {nbytes} bytes, but has offsets {begin} and {end}")
+        require(begin % dtype.itemsize == 0 or not nbytes, f"{label} is misaligned, at byte {begin}")
+        require(start + end <= size, f"{label} should end at byte {start + end}, but the file ends at {size}")
         entries.append((start + begin, start + end, name, dtype, shape))
         position = end
-    demand(start + position == size, f"its tensors end at byte {start + position}, but the file at {size}")
+    require(start + position == size, f"its tensors end at byte {start + position}, but the file at {size}")
     return entries
 
 
@@ -980,12 +982,12 @@ def parse_header(text):
     def unique(pairs):
         found = {}
         for key, value in pairs:
-            demand(key not in found, f"its header gives {key!r} twice")
+            require(key not in found, f"its header gives {key!r} twice")
             found[key] = value
         return found
 
     def number(text):           # -0 is a float to the library, and infinity an error
-        demand(math.isfinite(float(text)), f"its header has the number {text:.20}, which is out of range")
+        require(math.isfinite(float(text)), f"its header has the number {text:.20}, which is out of range")
         return int(text) if text.isdigit() else float(text)
 
     try:
@@ -994,10 +996,10 @@ def parse_header(text):
         json.dumps(header, ensure_ascii=False).encode()            # fails for half a surrogate pair
     except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"its header is not JSON ({error})") from error
-    demand(type(header) is dict, "its header is no JSON object")
+    require(type(header) is dict, "its header is no JSON object")
     metadata = header.pop("__metadata__", None)
-    demand(metadata is None or type(metadata) is dict and all(type(v) is str for v in metadata.values()),
-           "its __metadata__ does not map strings to strings")
+    require(metadata is None or type(metadata) is dict and all(type(v) is str for v in metadata.values()),
+            "its __metadata__ does not map strings to strings")
     return header
 
 
@@ -1009,12 +1011,12 @@ def save_safetensors(tensors, path, metadata=None):
     """
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     strings = all(type(x) is str for pair in (metadata or {}).items() for x in pair)
-    demand(strings, f"{path}: metadata must map str to str")
+    require(strings, f"{path}: metadata must map str to str")
     for name, t in tensors.items():
-        demand(type(name) is str and name != "__metadata__", f"{path}: {name!r} cannot name a tensor")
+        require(type(name) is str and name != "__metadata__", f"{path}: {name!r} cannot name a tensor")
         dense = isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_meta
-        demand(dense, f"{path}: {name!r} is not a tensor with dense data")
-        demand(t.dtype in names, f"{path}: tensor {name!r} is of {t.dtype}, which the format lacks")
+        require(dense, f"{path}: {name!r} is not a tensor with dense data")
+        require(t.dtype in names, f"{path}: tensor {name!r} is of {t.dtype}, which the format lacks")
 
     order = list(names)
     tensors = sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0]))
@@ -1028,7 +1030,7 @@ def save_safetensors(tensors, path, metadata=None):
         position = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)                                # the data begins at a multiple of 8
-    demand(len(text) <= MAX_HEADER, f"{path}: a header of {len(text)} bytes is over {MAX_HEADER}")
+    require(len(text) <= MAX_HEADER, f"{path}: a header of {len(text)} bytes is over {MAX_HEADER}")
 
     def save(file):
         file.write(len(text).to_bytes(8, "little") + text)

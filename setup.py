@@ -170,8 +170,7 @@ setup(
     extras_require={
         "test": ["pytest>=8", "transformers>=4.56", "timm>=1.0.20", "torch-fidelity>=0.3",
                  "torchmetrics>=1.4", "safetensors>=0.8", "hypothesis>=6", "scikit-learn>=1.4",
-                 "matplotlib>=3.8", "tensorboard>=2.16", "diffusers>=0.37"],
-        "plot": ["matplotlib>=3.8", "tensorboard>=2.16"],
+                 "diffusers>=0.37"],
         "peers": ["diffusers>=0.37", "transformers>=4.56"],   # the first with AutoencoderRAE
     },
 )

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-# On a machine with a GPU the tests are those of the CPU, too: two ranks share no GPU, and cuDNN does not repeat its bits.
-# tests/gpu.sh runs the ones that are for a GPU.
+# On a machine with a GPU the tests are those of the CPU, too: two ranks share no GPU, and cuDNN does not
+# repeat its bits. tests/gpu.sh runs the ones that are for a GPU.
 if "SAE_TEST_CUDA" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-sys.path.insert(0, str(Path(__file__).parent.parent))       # the tests check this tree, wherever another one is installed
+# The tests check this tree, wherever another one is installed.
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def pytest_configure(config):

@@ -13,7 +13,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 import eval as E
-from train import LPIPS
+from common import LPIPS
 
 
 def pictures(n, size, seed=0):
@@ -30,7 +30,8 @@ def test_psnr_equals_torchmetrics(size):
     x, y = pictures(3, size)
     ours = E.psnr(x, y)
     for i in range(3):
-        assert ours[i].item() == pytest.approx(peak_signal_noise_ratio(y[i].float(), x[i].float(), data_range=255).item(), abs=1e-5)
+        theirs = peak_signal_noise_ratio(y[i].float(), x[i].float(), data_range=255)
+        assert ours[i].item() == pytest.approx(theirs.item(), abs=1e-5)
 
 
 def test_psnr_of_equal_images_is_infinite():
@@ -55,7 +56,8 @@ def test_lpips_squeeze_gives_the_published_numbers(real_data):
     assert lpips(x, y).tolist() == pytest.approx([0.1024, 0.0938], abs=5e-5)
 
 
-@pytest.mark.parametrize("damage", [lambda whole: whole[:len(whole) // 2], lambda whole: b"", lambda whole: b"no weights"])
+@pytest.mark.parametrize("damage", [lambda whole: whole[:len(whole) // 2], lambda whole: b"",
+                                    lambda whole: b"no weights"])
 def test_a_damaged_lpips_trunk_is_named(damage, tmp_path):
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "trunk.pth")
     (tmp_path / "trunk.pth").write_bytes(damage((tmp_path / "trunk.pth").read_bytes()))
@@ -87,20 +89,25 @@ def test_the_resize_equals_tensorflow_1_bilinear(size):
     assert torch.allclose(E.tf1_resize(x), theirs, atol=1e-3, rtol=0)                    # of 255
 
 
+def fidelity_inception(dims, path):
+    return FeatureExtractorInceptionV3("inception", [str(dims)], feature_extractor_weights_path=str(path))
+
+
 @pytest.mark.parametrize("dims", [64, 192, 768, 2048])
 def test_inception_features_equal_torch_fidelity(inception_file, dims):
     x = pictures(3, 64)[0]
-    theirs, = FeatureExtractorInceptionV3("inception", [str(dims)], feature_extractor_weights_path=str(inception_file))(x)
+    theirs, = fidelity_inception(dims, inception_file)(x)
     ours = E.FIDInception(inception_file, dims)(x)
     assert ours.shape == (3, dims)
     assert ((ours - theirs).norm() / theirs.norm()).item() <= 1e-5
 
 
 def test_the_torch_resize_is_pytorch_fids(inception_file):
-    """pytorch-fid: [0,1] images, torch's bilinear without corners aligned, then 2 x - 1, in front of the same network."""
+    """pytorch-fid: [0,1] images, torch's bilinear without corners aligned, then 2 x - 1, the same network."""
     x = pictures(2, 64)[0]
     ours = E.FIDInception(inception_file, 192, "torch")
-    expected = ours.net((2 * F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False) - 1)).mean((2, 3))
+    resized = F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False)
+    expected = ours.net(2 * resized - 1).mean((2, 3))
     assert torch.allclose(ours(x), expected, atol=1e-5)
     assert not torch.allclose(ours(x), E.FIDInception(inception_file, 192)(x), atol=1e-4)
 
@@ -116,14 +123,16 @@ def test_fid_equals_torch_fidelity(inception_file):
             moments.update(features[-1])
         ours += moments.mean_cov()
         theirs.append(fid_features_to_statistics(torch.cat(features).double()))
-    assert E.frechet_distance(*ours) == pytest.approx(fid_statistics_to_metric(*theirs, False)["frechet_inception_distance"], rel=1e-6)
+    expected = fid_statistics_to_metric(*theirs, False)["frechet_inception_distance"]
+    assert E.frechet_distance(*ours) == pytest.approx(expected, rel=1e-6)
 
 
 def test_fid_64_gives_the_published_number(real_data, inception_file):
-    """torchmetrics documents FID-64 of two drawn batches as 12.6388: seed 42, then its network is built, then they are drawn."""
+    """torchmetrics documents FID-64 of two batches as 12.6388: seed 42, then its network, then both."""
     torch.manual_seed(42)
-    FeatureExtractorInceptionV3("inception", ["64"], feature_extractor_weights_path=str(inception_file))
-    batches = [torch.randint(low, high, (100, 3, 299, 299), dtype=torch.uint8) for low, high in ((0, 200), (100, 255))]
+    fidelity_inception(64, inception_file)
+    batches = [torch.randint(low, high, (100, 3, 299, 299), dtype=torch.uint8)
+               for low, high in ((0, 200), (100, 255))]
     net, statistics = E.FIDInception(real_data / "weights/inception-fid/inception_fid192.safetensors", 64), []
     for images in batches:
         moments = E.Moments(64, "cpu")
@@ -155,7 +164,8 @@ def test_frechet_distance_of_commuting_gaussians_has_its_closed_form():
     axes, _ = np.linalg.qr(rng.standard_normal((40, 40)))
     s1, s2, m1, m2 = rng.random((4, 40)) * 3
     expected = np.square(m1 - m2).sum() + np.square(s1 - s2).sum()
-    assert E.frechet_distance(m1, (axes * s1 ** 2) @ axes.T, m2, (axes * s2 ** 2) @ axes.T) == pytest.approx(expected, rel=1e-10)
+    cov1, cov2 = ((axes * s ** 2) @ axes.T for s in (s1, s2))
+    assert E.frechet_distance(m1, cov1, m2, cov2) == pytest.approx(expected, rel=1e-10)
 
 
 def test_frechet_distance_of_equal_sets_is_below_1e_6_even_with_empty_dimensions():
@@ -164,7 +174,7 @@ def test_frechet_distance_of_equal_sets_is_below_1e_6_even_with_empty_dimensions
 
 
 def test_frechet_distance_of_rank_deficient_gaussians_equals_that_of_their_own_subspace():
-    """Both sets lie in 10 of 300 dimensions: rotated there exactly, the small full-rank problem has the same distance."""
+    """Both sets lie in 10 of 300 dimensions: the small full-rank problem there has the same distance."""
     rng = np.random.default_rng(1)
     (m1, c1), (m2, c2) = gaussian(500, 10, 2), gaussian(500, 10, 3)
     axes, _ = np.linalg.qr(rng.standard_normal((300, 10)))

@@ -1,12 +1,14 @@
-"""eval.py's metrics beside their peers, interleaved in one run: python tests/bench_eval.py [--size 256] [--batch 8] [--rounds 5]
+"""eval.py's metrics beside their peers, interleaved in one run.
 
-    Inception    ours (folded batch norm, channels_last, one resize) against torch-fidelity's, same random weights
+    python tests/bench/bench_eval.py [--size 256] [--batch 8] [--rounds 5]
+
+    Inception    ours (folded batch norm, channels_last, one resize) against torch-fidelity's, same weights
     SSIM         ours (two matrix products) against torchmetrics'
     PSNR         ours (per image) against torchmetrics' (over the batch)
-    LPIPS        ours (the heads as products) against the lpips package, VGG16, same random weights
-    FID          ours (eigh, singular values) of two 2048-dimensional Gaussians against torch-fidelity's (eigvals) and scipy's sqrtm, as
-                 pytorch-fid and clean-fid take it
-Prints medians; the number behind them is the time over ours. The rest of a run: `eval.py --profile`.
+    LPIPS        ours against the lpips package, VGG16, same random weights
+    FID          ours (singular values of factors) of two 2048-dimensional Gaussians against torch-fidelity's
+                 (eigvals) and scipy's sqrtm, as pytorch-fid and clean-fid take it
+Prints medians; the number behind them is the time over ours.
 """
 import argparse
 import statistics
@@ -24,9 +26,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import eval as E  # noqa: E402
-from train import LPIPS  # noqa: E402
+from common import LPIPS  # noqa: E402
 
 
 def race(name, n, unit, rounds, **runners):
@@ -58,23 +60,31 @@ def main():
     x = torch.randint(0, 256, (args.batch, 3, args.size, args.size), dtype=torch.uint8, device=device)
     y = (x.float() + 10 * torch.randn(x.shape, device=device)).clamp(0, 255).to(torch.uint8)
     a, b = x / 127.5 - 1, y / 127.5 - 1
+    inception = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
+    package = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).to(device)
+    trunk = {"features." + name.split(".", 1)[1]: t for name, t in package.net.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
-        inception, vgg = Path(folder) / "inception.pth", Path(folder) / "vgg.pth"
-        torch.save(torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False).state_dict(), inception)
-        fidelity = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(inception)).to(device)
-        ours = E.FIDInception(inception).to(device)
-        package = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).to(device)
-        torch.save({"features." + name.split(".", 1)[1]: t for name, t in package.net.state_dict().items()}, vgg)
+        weights, vgg = f"{folder}/inception.pth", f"{folder}/vgg.pth"
+        torch.save(inception.state_dict(), weights)
+        torch.save(trunk, vgg)
+        ours = E.FIDInception(weights).to(device)
+        fidelity = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=weights)
+        fidelity.to(device)
         distance = LPIPS("vgg", vgg).to(device)
-    print(f"{torch.get_num_threads()} threads, {device}, batch {args.batch}, {args.size} px, torch {torch.__version__}")
-    race("Inception", args.batch, "images", args.rounds, **{"ours": lambda: ours(x), "torch-fidelity": lambda: fidelity(x)})
-    race("SSIM", args.batch, "images", args.rounds, **{
-        "ours": lambda: E.ssim(x, y), "torchmetrics": lambda: structural_similarity_index_measure(y.float(), x.float(), data_range=255.0)})
-    race("PSNR", args.batch, "images", args.rounds, **{
-        "ours": lambda: E.psnr(x, y), "torchmetrics": lambda: peak_signal_noise_ratio(y.float(), x.float(), data_range=255.0)})
-    race("LPIPS", args.batch, "images", args.rounds, **{"ours": lambda: distance(b, a), "lpips": lambda: package(b, a)})
+    print(f"{torch.get_num_threads()} threads, {device}, batch {args.batch}, {args.size} px, "
+          f"torch {torch.__version__}")
+
+    images = args.batch, "images", args.rounds
+    race("Inception", *images, **{"ours": lambda: ours(x), "torch-fidelity": lambda: fidelity(x)})
+    race("SSIM", *images, ours=lambda: E.ssim(x, y),
+         torchmetrics=lambda: structural_similarity_index_measure(y.float(), x.float(), data_range=255.0))
+    race("PSNR", *images, ours=lambda: E.psnr(x, y),
+         torchmetrics=lambda: peak_signal_noise_ratio(y.float(), x.float(), data_range=255.0))
+    race("LPIPS", *images, ours=lambda: distance(b, a), lpips=lambda: package(b, a))
+
     rng = np.random.default_rng(0)
-    (m1, c1), (m2, c2) = ((f.mean(0), np.cov(f, rowvar=False)) for f in (rng.standard_normal((4096, 2048)) for _ in range(2)))
+    rows = [rng.standard_normal((4096, 2048)) for _ in range(2)]
+    (m1, c1), (m2, c2) = ((x.mean(0), np.cov(x, rowvar=False)) for x in rows)
     one, two = {"mu": m1, "sigma": c1}, {"mu": m2, "sigma": c2}
     race("FID", 1, "distances", 1, **{"ours": lambda: E.frechet_distance(m1, c1, m2, c2),
                                       "torch-fidelity": lambda: fid_statistics_to_metric(one, two, False),
