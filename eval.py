@@ -47,7 +47,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 # ------------------------------------------------------------------ metrics
 
-# common.psnr. One image that comes back exactly, at infinite dB, would hide all others in the mean.
+# common.psnr. An image that comes back exactly has infinite dB, and would make the mean infinite.
 PSNR_PROTOCOL = "RGB, range 255, mean over the images that do not come back exactly"
 LPIPS_PROTOCOL = "{lpips_net}, version 0.1"     # common.LPIPS
 SSIM_PROTOCOL = "11 taps, sigma 1.5, per channel, reflect padding, full map"
@@ -220,6 +220,7 @@ def score(model, folder, lpips, inception, args):
               "ssim": similarity / n} | ({"lpips": distance / n} if lpips else {})
     mean, std = latent_mean_std(latents, n)
     model.channels = len(mean)                  # for the probe, also on a rank that has seen no image
+    # std: the root mean square of the channels'
     result["latent"] = {"shape": shape, "mean": mean.mean().item(), "std": std.square().mean().sqrt().item(),
                         "std_min": std.min().item(), "std_max": std.max().item(), "kl": kl / n}
     if inception:
@@ -378,7 +379,7 @@ def feature_file(model, crops, args, folder):
 
     if RANK == 0 and (model.identity is None or not path.exists()):
         write(path, zeros)
-    over_ranks(0)                               # all wait for the file
+    over_ranks(0)                               # a barrier: all wait for the file
     rows = np.load(path, mmap_mode="r+")
     todo = [s for s in shares(range(len(rows)), args.batch) if not rows[s.start:s.stop, -1].all()]
     for index, x, _ in batches(crops, todo, args, "features"):
@@ -386,7 +387,7 @@ def feature_file(model, crops, args, folder):
         require(half.isfinite().all(), f"{model.name} has features that do not fit fp16: use --probe full")
         rows[index] = half.cpu().numpy()
     rows.flush()
-    over_ranks(0)                               # all wait for the last row
+    over_ranks(0)                               # a barrier: all wait for the last row
     return np.load(path, mmap_mode="r")
 
 
@@ -614,7 +615,7 @@ def encode_folder(model, args):
             labels = torch.tensor(folder.labels[shard.start:shard.stop])
             own_names = json.dumps(names[shard.start:shard.stop])
             save_safetensors({"z": z, "labels": labels}, path, about | {"names": own_names})
-        sums = sums + latent_sums(z)
+        sums = sums + sum(map(latent_sums, z.split(args.batch)))
 
     mean, std = latent_mean_std(sums, len(names))
     if RANK == 0:
@@ -663,6 +664,8 @@ def decode_shard(model, path, args):
         part = todo[i:i + args.batch]
         try:
             images = to_uint8(model.decode(z[part].float().to(model.device)))            # [B,3,H,W]
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:           # torch's own check of the channels
             raise ValueError(f"{path} holds latents of {z.shape[1]} channels that {model.name} cannot decode "
                              f"({str(error).splitlines()[0]}): name the model that made them") from error
@@ -737,14 +740,15 @@ def velocity(dit, z_t, t, target):
 def flow_loss(dit, z, batch, target, generator):
     """mean (vhat - v)^2 at z_t = (1 - t) z + t eps with v = eps - z, for drawn t and eps; z [1,N,n].
 
-    t is uniform, then shifted for the dimension m = N n: t' = a t / (1 + (a - 1) t), a = sqrt(m / 4096).
+    t is uniform, then shifted for the dimension m = N n: t' = s t / (1 + (s - 1) t), s = sqrt(m / 4096).
     """
     shift = math.sqrt(z.numel() / 4096)
     t = torch.rand(batch, device=z.device, generator=generator)                          # [B]
     t = shift * t / (1 + (shift - 1) * t)
-    a, eps = t[:, None, None], torch.randn(batch, *z.shape[1:], device=z.device, generator=generator)
+    eps = torch.randn(batch, *z.shape[1:], device=z.device, generator=generator)         # [B,N,n]
+    a = t[:, None, None]                                                                 # t, to multiply
     z_t = (1 - a) * z + a * eps                                                          # [B,N,n]
-    # (z_t - z) / t is eps - z, and under the bound on t what --target x can reach
+    # For x the bound on t holds in the target, too, so that a perfect x has loss 0.
     v = eps - z if target == "v" else (z_t - z) / a.clamp(min=0.05)
     return F.mse_loss(velocity(dit, z_t, t, target), v)
 
@@ -923,17 +927,17 @@ def write_grid(path, model, folder, size):
     crops, index = Crops(size, folder), np.linspace(0, len(folder) - 1, min(8, len(folder))).astype(int)
     x = to_float(torch.stack([crops[i][1] for i in index])).to(model.device)             # [8,3,S,S]
     y = torch.cat([model.reconstruct(image[None], int(i))[2] for image, i in zip(x, index)]).clamp(-1, 1)
-    save_grid(path, x, y, (x - y).abs() - 1)
+    save_grid(path, x, y, (x - y).abs() - 1)    # -1 is black
 
 
 def protocol(model, args):
     """What the numbers mean: printed under the table and kept in the JSON."""
-    weights = "EMA weights, " if isinstance(model.model, SAE) else ""
     z = "drawn from the posterior" if args.sample else "the posterior's mean, where there is a posterior"
     precision = "bf16" if model.device.type == "cuda" else "fp32"
     crops = {"full": "random crops", "cached": "centre crops, features kept in fp16"}[args.probe]
-    lines = {"images": IMAGES_PROTOCOL, "model": f"{weights}z {z}, fp32", "psnr": PSNR_PROTOCOL,
-             "ssim": SSIM_PROTOCOL, "lpips": LPIPS_PROTOCOL, "fid": FID_PROTOCOL, "probe": PROBE_PROTOCOL,
+    lines = {"images": IMAGES_PROTOCOL, "model": f"z {z}, fp32; of an S-AE the EMA weights",
+             "psnr": PSNR_PROTOCOL, "ssim": SSIM_PROTOCOL, "lpips": LPIPS_PROTOCOL, "fid": FID_PROTOCOL,
+             "probe": PROBE_PROTOCOL,
              "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}"}
     known = vars(args) | {"probe": f"on {crops}, {precision} encoder"}
     return {key: line.format(**known) for key, line in lines.items() if key not in args.skip}

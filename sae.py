@@ -1,6 +1,6 @@
 """S-AE, the Semantic Auto-encoder: one latent space for understanding and generation.
 
-    x [B,3,H,W] -> DINOv3 -> patch tokens h [B,D,H/16,W/16] -> mu, logvar [B,z_dim,h,w]
+    x [B,3,H,W] -> DINOv3 -> patch tokens [B,D,H/16,W/16] -> mu, logvar [B,z_dim,H/f,W/f]
       -> z = mu + exp(logvar/2) eps -> CNN decoder -> xhat [B,3,H,W]
 
     sae = SAE.from_pretrained("runs/stage2-reg100/last.pt")   # EMA weights, eval mode
@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
-from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def require(condition, sentence):
@@ -88,7 +87,7 @@ def attention(qkv, rope, prefix):
         raise ValueError(f"attention: rope tables are {describe(rows)} and {describe(cols)}; "
                          f"they must be torch.float32 on {qkv.device}")
     if in_csrc(qkv) and d == 64 and N:
-        return torch.ops.sae.attention(qkv, rows, cols, prefix)[0]
+        return torch.ops.sae.attention(qkv, rows, cols, prefix)[0]              # out; lse is for backward
     return attention_reference(qkv, rope, prefix)
 
 
@@ -208,7 +207,8 @@ def group_norm_silu(x, weight, bias, groups, eps=1e-6):
 
 def group_norm_silu_reference(x, weight, bias, groups, eps=1e-6):
     # torch's function, because F.group_norm refuses groups of one value.
-    y = F.silu(torch.group_norm(wide(x), groups, wide(weight), wide(bias), eps))
+    y = wide(x)
+    y = F.silu(torch.group_norm(y, groups, weight.to(y.dtype), bias.to(y.dtype), eps))
     return y.to(x.dtype, memory_format=torch.channels_last)
 
 
@@ -230,7 +230,7 @@ def load_csrc(so, sources):
     crc = 0
     for path in sorted(sources.iterdir()) if sources.is_dir() else ():
         crc = zlib.crc32(path.name.encode() + b"\0" + path.read_bytes(), crc)
-    if crc not in (0, torch.ops.sae.source_crc()):
+    if crc not in (0, torch.ops.sae.source_crc()):      # 0: installed without its sources
         return f"{so.name} is older than csrc/"
     if torch.cuda.is_available() and not torch.ops.sae.has_cuda():
         return f"{so.name} was built without CUDA"
@@ -387,7 +387,7 @@ class Block(nn.Module):
         self.ls1, self.ls2 = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
 
     def forward(self, x, rope):
-        # DINOv3 has no K bias. Softmax would cancel one, were there no RoPE; as it is, K's part is zeros.
+        # DINOv3 learns no bias of K: its third of the packed bias is zeros.
         bias = None
         if self.q_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
@@ -449,8 +449,8 @@ class DINOv3(nn.Module):
         """The encoder at `path`, of any width and depth: a file of Hugging Face, timm or Meta, or a folder.
 
         Where config.json or preprocessor_config.json stands beside the weights, it decides what tensors do
-        not tell: heads, RoPE base, activation, eps, mean and std of images. Without them these are those of
-        Meta's models on LVD-1689M. A prefix that all names share (module., _orig_mod., backbone., teacher.)
+        not tell: heads, RoPE base, activation, eps, mean and std of images. Without them, those of Meta's
+        models on LVD-1689M count. A prefix that all names share (module., _orig_mod., backbone., teacher.)
         is dropped. A tensor that has `dtype` already stays in the mapped file until it is written to.
 
         Raises ValueError, which names it, for what is not implemented, and for a tensor that is missing, left
@@ -467,8 +467,8 @@ class DINOv3(nn.Module):
                   for n, t in tensors.items() if t.shape != expected.get(n, t.shape)]
         more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         require(not wrong, f"{path} is not a DINOv3 ViT of width {cfg.width} and depth {cfg.depth}: "
-                          f"{'; '.join(wrong[:10])}{more}")
-        for n, t in tensors.items():            # NaN or infinity anywhere is one in the extremes, in one pass
+                           f"{'; '.join(wrong[:10])}{more}")
+        for n, t in tensors.items():            # where any value is not finite, the least or largest is not
             require(not t.numel() or all(x.isfinite() for x in t.aminmax()),
                     f"{path} holds NaN or infinity in {n}: fetch or train it again")
         model.load_state_dict(tensors, assign=True)
@@ -508,7 +508,7 @@ class Posterior:
 
     def kl(self):
         """KL(q || N(0, I)) in nats, summed over each sample: [B]."""
-        return reparameterize(self.mu, self.logvar, 0)[1]
+        return reparameterize(self.mu, self.logvar, seed=0)[1]      # it does not depend on the draw
 
 
 class NormSiLU(nn.GroupNorm):
@@ -531,8 +531,8 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
-        h = self.conv1(self.norm1(x))
-        return self.skip(x) + self.conv2(self.norm2(h))
+        y = self.conv1(self.norm1(x))
+        return self.skip(x) + self.conv2(self.norm2(y))
 
 
 class AttnBlock(nn.Module):
@@ -578,7 +578,7 @@ class Upsample(nn.Module):
 
 
 def downsample(cfg):
-    """log2(f / 16) groups on the map of patch tokens: a residual block and a 3x3 convolution of stride 2."""
+    """[B,D,H/16,W/16] -> [B,D,H/f,W/f]: log2(f / 16) times a residual block and a convolution of stride 2."""
     D = cfg.encoder.width
     layers = []
     for _ in range(int(math.log2(cfg.f // DINOv3.patch))):
@@ -732,8 +732,6 @@ def pack_qkv(tensors, block, dtype):
     parts = [tensors.pop(f"{block}{c}_proj.weight") for c in "qkv" if f"{block}{c}_proj.weight" in tensors]
     if parts:
         tensors[block + "qkv.weight"] = torch.cat([p.to(dtype) for p in parts])
-        for p in parts:
-            release(p)
     if block + "qkv.bias" in tensors:
         # Meta's bias_mask is 0 on the K part, where the bias may hold anything, NaN included.
         bias = tensors.pop(block + "qkv.bias")
@@ -794,7 +792,7 @@ def config_of_dinov3(tensors, path):
     for name in seen.keys() & settings.keys():
         require(settings[name] == seen[name],
                 f"{folder / 'config.json'} gives the {name} {settings[name]!r}, but the weights have "
-                f"{seen[name]!r}: it belongs to others")
+                f"{seen[name]!r}: config.json is of other weights")
     heads = settings.pop("heads", None)
     head_dim = 128 if width == 4096 else 64                         # of Meta's models: 7B has wider heads
     periods = tensors.pop("rope_embed.periods", None)               # Meta's files: base^(4j / head_dim)
@@ -894,7 +892,6 @@ SAFETENSORS_DTYPES = {          # in the order in which the library lays tensors
     "BOOL": torch.bool,
 }
 MAX_HEADER = 100_000_000                    # bytes, the library's limit
-_mapped = WeakTensorKeyDictionary()         # tensor -> (mapping, first byte, end), for `release`
 
 
 def load_safetensors(path):
@@ -917,23 +914,10 @@ def load_safetensors(path):
         data = torch.empty(0, dtype=torch.uint8)
         if begin < end:
             data = torch.frombuffer(mapping, dtype=torch.uint8, offset=begin, count=end - begin)
-        if begin % dtype.itemsize:          # legal after a header of odd length, but vector code may fail
+        if begin % dtype.itemsize:          # legal after a header of odd length; vector code may fail on it
             data = data.clone()
         tensors[name] = data.view(dtype).reshape(shape)
-        _mapped[tensors[name]] = mapping, begin, end
     return tensors
-
-
-def release(tensor):
-    """Give back the memory of a tensor of `load_safetensors` that has been copied.
-
-    It stays valid: its next use reads the file again, without changes that were made to it. Only whole pages
-    are given back, since the first and the last may belong to a neighbour, too.
-    """
-    mapping, begin, end = _mapped.get(tensor, (None, 0, 0))
-    first, last = -(-begin // mmap.PAGESIZE), end // mmap.PAGESIZE
-    if first < last and hasattr(mmap, "MADV_DONTNEED"):            # Windows has no madvise
-        mapping.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
 
 
 def read_header(file):
@@ -1050,6 +1034,6 @@ def write(path, save):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:            # a full disk's error names no file
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         part.unlink(missing_ok=True)

@@ -7,15 +7,16 @@
 An image x has patch tokens f, a posterior q(z|x) = N(mu, exp(logvar)) and, of a drawn z ~ q, a reconstruction
 xhat = decoder(z). The autoencoder (the generator) and the discriminator D minimise
 
-    L_G = 100 L1(xhat, x) + 100 LPIPS(xhat, x) + softplus(-D(xhat))
-          + 1e-6 KL(q(z|x) || N(0, I)) + reg MSE(f_student, f_teacher)        this line in stage 2 alone
+    L_G = 100 L1(xhat, x) + 100 LPIPS(xhat, x)
+          + 1e-6 KL(q(z|x) || N(0, I)) + reg MSE(f, f_teacher)                in stage 2
+          + softplus(-D(xhat))                                                from step --gan-start
     L_D = softplus(-D(x)) + softplus(D(xhat))
 
 The order of the images, their crops and the noise of z are functions of (seed, number of the sample in the
 run) alone: a resumed run, and a run on another number of ranks, sees what an uninterrupted one sees.
 
-To read: the loop, what stands before and after it, networks, options, checkpoints, ranks. Images and LPIPS
-are in common.py. "Reading:" marks a choice of ours where the paper is silent.
+Order: the loop, what stands before and after it, networks, options, checkpoints, ranks. Images and LPIPS are
+in common.py. "Reading:" marks a choice of ours where the paper is silent.
 """
 import argparse
 import copy
@@ -35,10 +36,9 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
-                                                     set_model_state_dict, set_state_dict)
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -67,46 +67,47 @@ def discriminator_loss(real, fake):
 def train(run):
     """The training loop, from run.step to --steps. Returns the signal that ended it early, or 0."""
     args, disc = run.args, run.disc
-    # Reading: L1 and MSE are means over everything, LPIPS and GAN over the batch, the KL a sum over the
-    # latent and a mean over the batch. Means make 100 : 100 : 1 comparable; a mean KL of 1e-6 is nothing.
+    # Reading: every term is a mean, over pixels, logits, tokens or images, but for the KL: a sum over the
+    # latent, a mean over the batch. Averaged over the latent, too, a weight of 1e-6 would do nothing.
     weight = {"l1": args.l1, "lpips": args.lpips, "gan": args.gan, "kl": args.kl, "mse": args.reg}
     noise_per_image = run.sae.config.z_dim * (args.size // run.sae.config.f) ** 2
     passes = range(run.step * args.accumulate, args.steps * args.accumulate)
     crops = batches(run.images, passes, args, run.rank, run.world)
     bar = tqdm(total=args.steps, initial=run.step, disable=run.rank > 0, desc=f"stage {args.stage}")
-    skipped_in_a_row, since_step, since = 0, run.step, time.time()
+    skipped_in_a_row, logged_step, logged_time = 0, run.step, time.time()
 
     while run.step < args.steps:
         for group in run.opt.param_groups + run.opt_disc.param_groups:
             group["lr"] = learning_rate(run.step, group["peak"], args)
-        log, show = (run.step + 1 == args.steps or (run.step + 1) % every == 0
-                     for every in (args.log_every, args.image_every))
+        last = run.step + 1 == args.steps
+        log = last or (run.step + 1) % args.log_every == 0
         run.opt.zero_grad()
         run.opt_disc.zero_grad()
         loss_sum, logged = 0, []
 
         for i in range(args.accumulate):
-            x = to_float(next(crops).to(run.device, non_blocking=True))              # [B,3,H,W]
-            exchange_gradients(run.model, run.disc_model, on=i + 1 == args.accumulate)
+            number, x = next(crops)
+            x = to_float(x.to(run.device, non_blocking=True))                        # [B,3,H,W]
+            exchange_gradients(run.model, run.disc_model, on=(i == args.accumulate - 1))
 
             # generator
             with run.autocast():
-                # Each image of the run has a stretch of one noise stream to itself.
-                number = ((run.step * args.accumulate + i) * run.world + run.rank) * args.batch     # of x[0]
-                xhat, kl, patches = run.model(x, args.seed, number * noise_per_image)
+                # Image n of the run has elements n * noise_per_image on of --seed's normal stream to itself.
+                xhat, kl, patches = run.model(x, args.seed, number * noise_per_image)    # patches [B,N,D]
                 term = {"l1": F.l1_loss(xhat.float(), x)}
                 if args.lpips:
                     term["lpips"] = run.lpips(xhat, x).mean()
                 if args.stage == 2:
                     with torch.no_grad():
-                        target = run.teacher(x)[2]
+                        _, _, target = run.teacher(x)                                # patch tokens [B,N,D]
                     term["kl"] = kl.mean()
                     # Reading: of the patch tokens after the final norm. CLS is not held: see eval.py.
                     term["mse"] = feature_mse(patches, target)
                 if args.gan and run.step >= args.gan_start:
-                    disc.requires_grad_(False)
+                    disc.requires_grad_(False)                  # the gradient goes through D, not into it
                     term["gan"] = generator_loss(disc(xhat).float())
-            loss = sum(weight[name] * term[name] for name in term if weight[name]) / args.accumulate
+            # A term of weight 0 is left out: it costs no backward pass, and its NaN does no harm.
+            loss = sum(weight[name] * t for name, t in term.items() if weight[name]) / args.accumulate
             loss.backward()
             loss_sum += loss.detach()
 
@@ -114,7 +115,7 @@ def train(run):
             if args.gan:
                 disc.requires_grad_(True)
                 with run.autocast():
-                    logits = run.disc_model(torch.cat([x, xhat.detach().to(x.dtype)]))      # [2 B,1,h,w]
+                    logits = run.disc_model(torch.cat([x, xhat.detach()]))               # [2 B,1,h,w]
                     term["disc"] = discriminator_loss(*logits.float().chunk(2))
                 (term["disc"] / args.accumulate).backward()
 
@@ -124,7 +125,7 @@ def train(run):
                     term["mse/var"] = term["mse"] / target.float().var()
                 logged.append(torch.stack([t.detach().float() for t in term.values()]))
 
-        # What one rank has met, a NaN or a signal, all act upon.
+        # A NaN or a signal on one rank makes all of them skip the step, or stop after it.
         broken, signum = agree(run, loss_sum)
         if not broken:
             run.opt.step()
@@ -139,16 +140,16 @@ def train(run):
         run.step += 1
         bar.update()
         if log:
-            values = dict(zip(term, torch.stack(logged).mean(0)))
-            speed = (run.step - since_step) * run.images_per_step / (time.time() - since)
-            since_step, since = run.step, time.time()
-            bar.set_postfix(report(run, values, speed))
-        if show and run.rank == 0:
+            values = dict(zip(term, torch.stack(logged).mean(0)))       # each a mean over the passes
+            images = (run.step - logged_step) * run.images_per_step
+            bar.set_postfix(report(run, values, images / (time.time() - logged_time)))
+            logged_step, logged_time = run.step, time.time()
+        if run.rank == 0 and (last or run.step % args.image_every == 0):
             save_grid(run.out / f"grid-{run.step:07d}.png", x[:8], xhat[:8].detach())
-        require(skipped_in_a_row < MAX_SKIPS,
-                f"the loss or a gradient was NaN or infinite in the last {MAX_SKIPS} steps, up to step "
-                f"{run.step}, and they were skipped: go on from {run.out}/last.pt (step {run.saved_step}) "
-                "with --resume and a lower --lr, or --precision fp32")
+        if skipped_in_a_row == MAX_SKIPS:
+            again = f"go on from step {run.saved_step} with --resume" if run.saved_step else "start again"
+            raise ValueError(f"the loss or a gradient was NaN or infinite in the last {MAX_SKIPS} steps, up "
+                             f"to step {run.step}: {again} and a lower --lr, or --precision fp32")
         if signum:
             break
         if run.step % args.save_every == 0 and run.step < args.steps:
@@ -172,10 +173,7 @@ def trained(sae):
 
 
 def agree(run, loss):
-    """(whether the loss or a gradient is NaN or Inf, the signal that has come or 0) on any rank.
-
-    The one place in a step where the device is waited for.
-    """
+    """(1 if the loss or a gradient is not finite, the signal that has come or 0), on any rank."""
     gradients = [p.grad for p in (*trained(run.sae), *run.disc.parameters()) if p.grad is not None]
     gradients = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]       # this rank's part
     finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients) + loss)
@@ -188,10 +186,10 @@ def agree(run, loss):
 
 def report(run, values, speed):
     """Write {name: scalar tensor}, as means over the ranks, to metrics.jsonl. Returns what the bar shows."""
-    mean = torch.stack(list(values.values()))
+    total = torch.stack(list(values.values()))
     if run.world > 1:
-        dist.all_reduce(mean)
-    line = {name: v if math.isfinite(v) else None for name, v in zip(values, (mean / run.world).tolist())}
+        dist.all_reduce(total)
+    line = {name: v if math.isfinite(v) else None for name, v in zip(values, (total / run.world).tolist())}
     line |= {"lr": run.opt.param_groups[0]["lr"], "skips": run.skips, "images/s": speed}
     if run.device.type == "cuda":
         line["GiB"] = torch.cuda.max_memory_allocated() / 2 ** 30
@@ -223,9 +221,10 @@ def main(argv=None):
 
 
 def setup(args):
-    """All that the loop works on, on its device, at the step from which it begins or goes on.
+    """The `run`: all that the loop works on, at the step from which it begins or goes on.
 
-    What can be refused is refused here, before the first step: a ValueError of one sentence.
+    What can be refused is refused here, before the first step: a ValueError of one sentence. `place` adds
+    ema, opt, opt_disc, and model and disc_model: sae and disc as DDP or FSDP wrap them, the same weights.
     """
     check_launcher()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -275,8 +274,7 @@ def describe(run):
     args = run.args
     print(f"stage {args.stage} on {run.device.type}: {len(run.images)} images, {run.world} x {args.batch} x "
           f"{args.accumulate} a step; " + ", ".join(f"{k} {v}" for k, v in vars(args).items()))
-    networks = {"encoder": run.sae.encoder, "decoder": run.sae.decoder, "discriminator": run.disc}
-    for name, network in networks.items():
+    for name, network in {"encoder": run.sae.encoder, "decoder": run.sae.decoder, "D": run.disc}.items():
         print(f"  {name:14}{sum(p.numel() for p in network.parameters()) / 1e6:8.1f} M parameters")
     if args.warmup >= args.steps:
         print(f"  note: {args.steps} steps end within the warm-up of {args.warmup}: --lr is never reached")
@@ -296,9 +294,9 @@ def place(run):
         module.to(memory_format=torch.channels_last)
     for module in sae, disc, *teacher, *lpips:
         module.to(run.device)
-    # The EMA shares what is frozen, but for shards, which belong to one network each.
-    shared = {} if args.stage == 2 or args.shard else {id(sae.encoder): sae.encoder}
-    run.ema = copy.deepcopy(sae, shared)
+    # The EMA is a copy that shares a frozen encoder; not under FSDP, whose shards belong to one network each.
+    frozen = args.stage == 1 and not args.shard
+    run.ema = copy.deepcopy(sae, {id(sae.encoder): sae.encoder} if frozen else {})
     if args.compile:                                            # in place: the names of weights stay
         blocks = [block for encoder in (sae.encoder, *teacher) for block in encoder.blocks]
         for module in *blocks, sae.decoder, *lpips:
@@ -314,7 +312,7 @@ def place(run):
             run.model = DDP(sae, device_ids=ids, gradient_as_bucket_view=True)
 
     # Reading: the paper names no betas.
-    adamw = {"lr": args.lr, "betas": (0.9, 0.95), "weight_decay": 0, "fused": True}
+    adamw = {"betas": (0.9, 0.95), "weight_decay": 0, "fused": True}    # the loop sets lr, from "peak"
     encoder = set(sae.encoder.parameters())
     groups = [{"params": [p for p in trained(sae) if p not in encoder], "peak": args.lr}]
     if args.stage == 2:
@@ -327,7 +325,7 @@ def place(run):
 def finish(run):
     """The last checkpoint. That of a finished run holds the latent's statistics, for diffusion models."""
     if run.step > run.saved_step:
-        save(run)
+        save(run)                       # first, since the statistics take minutes
     if run.step == run.args.steps and not run.ema.latent_mean.isfinite().all():
         latent_statistics(run)
         save(run)
@@ -343,7 +341,7 @@ def latent_statistics(run, n=10_000):
     moments = torch.zeros(2, sae.config.z_dim, dtype=torch.float64, device=run.device)
     passes = max(1, min(n, len(run.images)) // run.images_per_step) * args.accumulate
     crops = batches(run.images, range(passes), args, run.rank, run.world)
-    for x in tqdm(crops, "latent statistics", passes, disable=run.rank > 0):
+    for _, x in tqdm(crops, desc="latent statistics", total=passes, disable=run.rank > 0):
         with run.autocast():
             q = sae.encode(to_float(x.to(run.device)))
         mu, var = q.mu.double(), q.logvar.double().clamp(-30, 20).exp()
@@ -352,9 +350,8 @@ def latent_statistics(run, n=10_000):
     if run.world > 1:
         dist.all_reduce(moments)
     mean, square = moments / (passes * run.world)
-    for network in run.sae, run.ema:
-        network.latent_mean.copy_(mean)
-        network.latent_std.copy_((square - mean * mean).clamp_min(0).sqrt())
+    sae.latent_mean.copy_(mean)
+    sae.latent_std.copy_((square - mean * mean).clamp_min(0).sqrt())
 
 
 # ------------------------------------------------------------------ networks
@@ -378,7 +375,7 @@ class PatchGAN(nn.Sequential):
 
 
 def build(args):
-    """(SAE, teacher or None, discriminator, checksum of --encoder) on the CPU, if they fit together."""
+    """(SAE, teacher or None, discriminator, checksum of --encoder) on the CPU. ValueError for a misfit."""
     require(Path(args.encoder).exists(),
             f"there is no encoder {args.encoder}: run ./weights.sh, or name a DINOv3 file with --encoder")
     torch.manual_seed(args.seed)
@@ -399,7 +396,7 @@ def build(args):
         sae, teacher = SAE(SAEConfig.from_dict(start["config"]), copy.deepcopy(pretrained)), pretrained
         sae.load_state_dict(start["ema"])
         forget_statistics(sae)                                  # they were those of stage 1
-        disc.load_state_dict(start["disc"])                     # no cold start beside a good generator
+        disc.load_state_dict(start["disc"])                     # it has learnt beside the generator
     require(args.size % sae.config.f == 0, f"--size {args.size} is not a multiple of f = {sae.config.f}")
     sae.encoder.requires_grad_(args.stage == 2)
     sae.encoder.checkpointing = args.checkpoint
@@ -417,6 +414,9 @@ def load_stage1(args, encoder, crc, asked):
     require(stage == 1, f"{path} is of stage {stage}: name a checkpoint of stage 1 with --init")
     require(config["encoder"] == asdict(encoder) and start["encoder_crc"] == crc,
             f"{path} was trained on another encoder than {args.encoder}: name its own with --encoder")
+    require(start["args"]["gan"] or args.gan_start or not args.gan,
+            f"{path} was trained with --gan 0 and has no discriminator that has learnt: give --gan-start, or "
+            "--gan 0")
     for name, value in asked.items():
         require(config[name] == value,
                 f"{path} has {name} {config[name]}, not {value}: drop the option, or train stage 1 with it")
@@ -467,9 +467,9 @@ def options(argv=None):
     add("--min-lr", type=float, default=1e-7, help="end of the cosine")
     add("--warmup", type=int, default=5000, help="steps of linear warm-up")
     add("--ema", type=float, default=0.9995, help="decay of the averaged weights")
-    add("--precision", choices=("bf16", "fp32"), default="bf16", help="bf16: autocast over fp32 weights")
+    add("--precision", choices=("bf16", "fp32"), help="bf16: autocast; default bf16 on a GPU, fp32 on a CPU")
     add("--checkpoint", action="store_true", help="recompute encoder blocks in backward: less memory")
-    add("--compile", action="store_true", help="torch.compile all but the discriminator")
+    add("--compile", action="store_true", help="torch.compile encoder blocks, decoder and LPIPS")
     add("--shard", action="store_true", help="FSDP2, not DDP: for encoders too large for one GPU")
 
     add("--l1", type=float, default=100.0, help="weight of L1(xhat, x)")
@@ -477,8 +477,8 @@ def options(argv=None):
     add("--lpips-net", choices=("vgg", "alex", "squeeze"), default="vgg", help="its trunk")
     add("--lpips-weights", default="weights/vgg16-397923af.pth", help="torchvision's file of the trunk")
     add("--gan", type=float, default=1.0, help="weight of the GAN term; 0 trains without a discriminator")
-    add("--gan-start", type=int, help="step from which the generator meets the discriminator; default 5000, "
-        "in stage 2, which takes over one that has learnt, 0")
+    add("--gan-start", type=int, help="step from which the generator learns from the discriminator; default "
+        "5000, in stage 2, which takes over stage 1's discriminator, 0")
     add("--kl", type=float, default=1e-6, help="weight of the KL, in nats per image (stage 2)")
 
     add("--seed", type=int, default=0, help="of weights, data order, crops and noise")
@@ -487,6 +487,8 @@ def options(argv=None):
     add("--image-every", type=int, default=1000, help="steps between grids of images")
     add("--save-every", type=int, default=5000, help="steps between checkpoints")
     args = p.parse_args(argv)
+    if args.precision is None:          # many CPUs multiply bf16 ten times slower than fp32
+        args.precision = "bf16" if torch.cuda.is_available() else "fp32"
     if args.gan_start is None:          # Reading: the paper does not say
         args.gan_start = 5000 if args.stage == 1 else 0
     args.out = args.out or ("runs/stage1" if args.stage == 1 else f"runs/stage2-reg{args.reg:g}")
@@ -499,7 +501,7 @@ def check_options(args):
     counts = ("z_dim", "widths", "blocks", "size", "batch", "accumulate", "steps", "log_every", "image_every",
               "save_every")
     for name, value in vars(args).items():
-        values, least = value if isinstance(value, list) else [value], int(name in counts)
+        least, values = int(name in counts), value if isinstance(value, list) else [value]
         if isinstance(values[0], (int, float)):
             require(min(values) >= least,                       # false for NaN, too
                     f"--{name.replace('_', '-')} {' '.join(f'{v:g}' for v in values)}: give {least} or more")
@@ -507,22 +509,24 @@ def check_options(args):
     require(args.seed < 2 ** 63, f"--seed {args.seed}: give less than 2^63")
     require(args.size >= 32 or not args.gan,
             f"--size {args.size} is too small for the discriminator: give 32 or more, or --gan 0")
-    gan_at_once, held = args.gan and not args.gan_start, args.stage == 2 and args.kl + args.reg
-    require(args.l1 or args.lpips or gan_at_once or held,
+    gan_at_once = args.gan and not args.gan_start
+    stage2_terms = args.stage == 2 and args.kl + args.reg
+    require(args.l1 or args.lpips or gan_at_once or stage2_terms,
             "--l1 0 and --lpips 0 leave nothing to learn from in the first step: give one of them a weight")
 
 
 # ------------------------------------------------------------------ checkpoints
 
 # Shards are put together, on the CPU of rank 0.
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def save(run):
-    """Write out/last.pt, whole or not at all; that of the step before becomes last-1.pt."""
-    model, opt = get_state_dict(run.sae, run.opt, options=FULL)
-    ema = get_model_state_dict(run.ema, options=FULL)
-    rotate, run.saved_step = run.step > run.saved_step, run.step
+    """Write out/last.pt, whole or not at all; the one of an earlier step becomes last-1.pt."""
+    model, opt = dcp.get_state_dict(run.sae, run.opt, options=FULL)
+    ema = dcp.get_model_state_dict(run.ema, options=FULL)
+    rotate = run.step > run.saved_step
+    run.saved_step = run.step
     if run.rank > 0:
         return
     state = {"version": CHECKPOINT_VERSION, "config": asdict(run.sae.config), "args": vars(run.args),
@@ -556,8 +560,8 @@ def find_checkpoint(run):
         with zipfile.ZipFile(found[0]) as records:              # torch.load maps the tensors, without a check
             require(records.testzip() is None, f"{found[0]} is damaged")
     except ValueError as error:
-        raise ValueError(f"{error}; to go on from the checkpoint before it, rename {out}/last-1.pt to "
-                         "last.pt") from error
+        before = f"; to go on from the one before, rename {found[1]} to last.pt" if len(found) == 2 else ""
+        raise ValueError(f"{error}{before}") from error
     theirs = {**saved["config"], "stage": saved["args"]["stage"]}
     asked = {**asdict(run.sae.config), "stage": args.stage}
     differ = [f"{k} {v} (there {theirs[k]})" for k, v in asked.items() if v != theirs[k]]
@@ -581,17 +585,17 @@ def find_checkpoint(run):
 def restore(run, saved):
     """Bring networks, moments and the step to those of a checkpoint."""
     peaks = [group["peak"] for group in run.opt.param_groups + run.opt_disc.param_groups]
-    set_state_dict(run.sae, run.opt, model_state_dict=saved["model"], optim_state_dict=saved["opt"],
-                   options=FULL)
+    dcp.set_state_dict(run.sae, run.opt, options=FULL,
+                       model_state_dict=saved["model"], optim_state_dict=saved["opt"])
     for p, moments in run.opt.state.items():
-        # As the parameter lies in memory, which fused AdamW takes for granted.
+        # Fused AdamW takes moments to lie in memory as their parameter does, channels_last included.
         moments.update({k: torch.empty_like(p).copy_(m) for k, m in moments.items() if m.dim()})
-    set_model_state_dict(run.ema, saved["ema"], options=FULL)
+    dcp.set_model_state_dict(run.ema, saved["ema"], options=FULL)
     run.disc.load_state_dict(saved["disc"])
-    # Not by set_state_dict, which would take a step with an optimizer that has made none (--gan 0).
+    # Not by set_state_dict, which gives an optimizer without state (--gan 0) one, by taking a step.
     run.opt_disc.load_state_dict(saved["opt_disc"])
     for group, peak in zip(run.opt.param_groups + run.opt_disc.param_groups, peaks):
-        group["peak"] = peak                                    # the rates are those that are asked for now
+        group["peak"] = peak                                    # not the checkpoint's: what is asked for now
     run.step, run.saved_step, run.skips = saved["step"], saved["step"], saved["skips"]
     if run.step < run.args.steps:
         forget_statistics(run.sae)

@@ -439,7 +439,7 @@ def test_every_epoch_shows_every_image_once_and_ranks_share_it(world):
 
     def seen(rank, ranks):
         args = SimpleNamespace(batch=8 // ranks, workers=0)
-        return [x.tolist() for x in common.batches(images, range(12), args, rank, ranks)]
+        return [x.tolist() for _, x in common.batches(images, range(12), args, rank, ranks)]
 
     alone = seen(0, 1)
     flat = [i for batch in alone for i in batch]
@@ -610,6 +610,30 @@ def test_a_resume_with_another_config_says_what_differs(world, stage1, tmp_path,
     assert 0 < metrics(tmp_path / "r")[-1]["lr"] <= 1e-4
     said = capsys.readouterr().out.replace(f"out {tmp_path}/r (was {world}/stage1), ", "")
     assert "resuming at step 4, with steps 5 (was 4), lr 0.0001 (was 0.001)" in said
+
+
+def test_a_resume_with_another_encoder_is_refused_in_both_stages(world, stage1, tmp_path):
+    write_encoder(tmp_path / "other.safetensors", seed=1)
+    shutil.copytree(world / "stage1", tmp_path / "one")
+    with pytest.raises(ValueError, match="trained on another encoder than .*other.safetensors: name its own"):
+        run(world, tmp_path / "one", resume=True, steps=6, encoder=tmp_path / "other.safetensors")
+    assert train.load_checkpoint(tmp_path / "one/last.pt")["step"] == 4
+
+    # Stage 2 with the other's own stage 1 fits together, but not with the teacher of the run to go on with.
+    run(world, tmp_path / "other1", encoder=tmp_path / "other.safetensors")
+    run(world, tmp_path / "two", stage=2, steps=2)
+    other = {"encoder": tmp_path / "other.safetensors", "init": tmp_path / "other1/last.pt"}
+    with pytest.raises(ValueError, match="trained on another encoder"):
+        run(world, tmp_path / "two", stage=2, resume=True, steps=4, **other)
+
+
+def test_what_the_options_leave_out_is_said(world, tmp_path, capsys):
+    run(world, tmp_path / "r", steps=2, warmup=5000, gan_start=5000)
+    said = capsys.readouterr().out
+    assert "note: 2 steps end within the warm-up of 5000: --lr is never reached" in said
+    assert "note: 2 steps end before --gan-start 5000: the generator never meets the discriminator" in said
+    run(world, tmp_path / "s", steps=3, warmup=2, gan_start=1)
+    assert "note:" not in capsys.readouterr().out
 
 
 def test_the_command_line_prints_the_sentence_and_fails(world):
