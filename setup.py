@@ -165,7 +165,7 @@ setup(
     py_modules=["sae"],
     ext_modules=extensions(),
     cmdclass={"build_ext": Build},
-    install_requires=["torch>=2.11", "numpy>=1.26", "pillow>=10", "lpips>=0.1.4", "scipy>=1.11",
+    install_requires=["torch>=2.11", "numpy>=1.26", "pillow>=10.1", "lpips>=0.1.4", "scipy>=1.11",
                       "ninja>=1.11", "pybind11>=2.12"],
     extras_require={
         "test": ["pytest>=8", "transformers>=4.56", "timm>=1.0.20", "torch-fidelity>=0.3",

@@ -92,7 +92,7 @@ def train(run):
 
             # generator
             with run.autocast():
-                # Image n of the run has elements n * noise_per_image on of --seed's normal stream to itself.
+                # Sample n's noise begins at element n * noise_per_image of --seed's stream: no two share any.
                 xhat, kl, patches = run.model(x, args.seed, number * noise_per_image)    # patches [B,N,D]
                 term = {"l1": F.l1_loss(xhat.float(), x)}
                 if args.lpips:
@@ -177,7 +177,7 @@ def agree(run, loss):
     gradients = [p.grad for p in (*trained(run.sae), *run.disc.parameters()) if p.grad is not None]
     gradients = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]       # this rank's part
     finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients) + loss)
-    flags = torch.tensor([0.0, signals[0] if signals else 0], device=run.device)
+    flags = torch.tensor([0.0, signals[0] if signals else 0], device=run.device)        # see on_signal
     flags[0] = ~finite
     if run.world > 1:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
@@ -252,9 +252,9 @@ def setup(args):
         run.lock = lock(run.out)
     saved = find_checkpoint(run)
 
-    if cuda:
-        torch.cuda.set_device(device)
     if world > 1:
+        if cuda:
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
         steps = [None] * world
         dist.all_gather_object(steps, saved["step"] if saved else 0)
@@ -286,7 +286,7 @@ def describe(run):
 def place(run):
     """Everything on its device, wrapped for the exchange of gradients; the EMA and the optimizers."""
     args, sae, disc = run.args, run.sae, run.disc
-    teacher, lpips = ([network] if network else [] for network in (run.teacher, run.lpips))
+    teacher, lpips = [run.teacher] if run.teacher else [], [run.lpips] if run.lpips else []
     if args.precision == "bf16" and not args.shard:             # FSDP wants one dtype
         round_weights(*teacher, *(network.net for network in lpips))
     # What the convolution libraries want: no transposes. FSDP lays its shards out itself.
@@ -501,8 +501,9 @@ def check_options(args):
     counts = ("z_dim", "widths", "blocks", "size", "batch", "accumulate", "steps", "log_every", "image_every",
               "save_every")
     for name, value in vars(args).items():
-        least, values = int(name in counts), value if isinstance(value, list) else [value]
+        values = value if isinstance(value, list) else [value]
         if isinstance(values[0], (int, float)):
+            least = int(name in counts)
             require(min(values) >= least,                       # false for NaN, too
                     f"--{name.replace('_', '-')} {' '.join(f'{v:g}' for v in values)}: give {least} or more")
     require(args.ema <= 1, f"--ema {args.ema:g}: give 1 or less")
@@ -510,15 +511,13 @@ def check_options(args):
     require(args.size >= 32 or not args.gan,
             f"--size {args.size} is too small for the discriminator: give 32 or more, or --gan 0")
     gan_at_once = args.gan and not args.gan_start
-    stage2_terms = args.stage == 2 and args.kl + args.reg
-    require(args.l1 or args.lpips or gan_at_once or stage2_terms,
+    require(args.l1 or args.lpips or gan_at_once,
             "--l1 0 and --lpips 0 leave nothing to learn from in the first step: give one of them a weight")
 
 
 # ------------------------------------------------------------------ checkpoints
 
-# Shards are put together, on the CPU of rank 0.
-FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)     # shards joined, on rank 0's CPU
 
 
 def save(run):
@@ -631,9 +630,11 @@ def lock(out):
         import fcntl
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # not flock, which data workers would inherit
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             raise ValueError(f"another process is training into {out}: wait for it, or name another folder "
-                             f"with --out ({error.strerror})") from error
+                             "with --out") from error
+        except OSError as error:                                # some network file systems have no locks
+            print(f"{out} cannot be locked ({error.strerror}): see to it that no other process writes there")
     return file
 
 

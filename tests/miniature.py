@@ -1,9 +1,9 @@
 """The whole of S-AE in minutes on two CPU cores, through the command lines a laboratory uses.
 
     python tests/miniature.py                                   # draws its images, trains its own teacher
-    python tests/miniature.py --data photos --encoder dinov3.safetensors --size 128 --widths 256 192 96 48 24
-    \\
-        --lpips-net squeeze --lpips-weights squeezenet1_1.safetensors --steps 500 2000 --lr 1e-3 3e-4
+    python tests/miniature.py --data photos --encoder dinov3.safetensors --size 128 \\
+        --widths 256 192 96 48 24 --steps 500 2000 --lr 1e-3 3e-4 \\
+        --lpips-net squeeze --lpips-weights squeezenet1_1.safetensors
 
 Trains on the even files of each class and measures on the odd ones: train.py --stage 1, then --stage 2 for
 each --reg, and eval.py. What to look for: stage 2 lifts the PSNR well above stage 1, and only with a reg the
@@ -113,11 +113,13 @@ def draw_images(folder, per_class, size):
 
 def link_images(data, folder):
     """Link the images of a folder of class folders: the even ones of each class to train, the odd to val."""
-    for name, file in ((Path(f).parent.name, f) for f in ImageFolder(data).files):
-        for part in PARTS:
-            (folder / part / name).mkdir(parents=True, exist_ok=True)
-        done = sum(len(list((folder / part / name).iterdir())) for part in PARTS)
-        (folder / PARTS[done % 2] / name / Path(file).name).symlink_to(Path(file).resolve())
+    images = ImageFolder(data)
+    for label, name in enumerate(images.classes):
+        files = [file for file, of in zip(images.files, images.labels) if of == label]
+        for i, file in enumerate(files):
+            link = folder / PARTS[i % 2] / name / f"{i:06d}{Path(file).suffix}"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(Path(file).resolve())
 
 
 # ------------------------------------------------------------------ a semantic teacher
