@@ -498,14 +498,13 @@ def options(argv=None):
 
 def check_options(args):
     """ValueError, one sentence, for values that cannot be meant."""
-    counts = ("z_dim", "widths", "blocks", "size", "batch", "accumulate", "steps", "log_every", "image_every",
-              "save_every")
+    counts = "z_dim widths blocks size batch accumulate steps log_every image_every save_every".split()
     for name, value in vars(args).items():
         values = value if isinstance(value, list) else [value]
         if isinstance(values[0], (int, float)):
-            least = int(name in counts)
-            require(min(values) >= least,                       # false for NaN, too
-                    f"--{name.replace('_', '-')} {' '.join(f'{v:g}' for v in values)}: give {least} or more")
+            least = int(name in counts)                         # `>=` is false for NaN, too
+            given = " ".join(f"{v:g}" for v in values)
+            require(min(values) >= least, f"--{name.replace('_', '-')} {given}: give {least} or more")
     require(args.ema <= 1, f"--ema {args.ema:g}: give 1 or less")
     require(args.seed < 2 ** 63, f"--seed {args.seed}: give less than 2^63")
     require(args.size >= 32 or not args.gan,
