@@ -15,8 +15,8 @@ constexpr float kScale = 0.125f;                              // 1 / sqrt(64)
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kScoreScale = kScale * kLog2e;                // scores in base 2: softmax by exp2
 
-// One block works on the rows from tile * rows on of one (image, head). Tiles of a head are neighbours, so
-// its K and V stay in the L2 cache.
+// A block works on rows tile * rows .. tile * rows + rows - 1 of one (image, head). Tiles of a head are
+// neighbours, so its K and V stay in the L2 cache.
 struct Place {
   int tile, head;
   int64_t image;
@@ -49,8 +49,8 @@ __device__ inline int64_t stat_row(const Attention& a, const Place& p) {
   return (p.image * a.H + p.head) * a.N;
 }
 
-// The (cos, sin) of the pairs from i up to the next multiple of 16: of the patch in row y and column x, and
-// of a token that is a patch.
+// Points to the (cos, sin) of pair i of the patch in row y and column x, or of a token that is a patch. Those
+// of the next pairs follow, up to the next multiple of 16.
 __device__ inline const float2* angles(const Attention& a, int y, int x, int i) {
   return reinterpret_cast<const float2*>(i < 16 ? a.rows + y * 32 : a.cols + x * 32) + i % 16;
 }

@@ -4,22 +4,28 @@
 //   attention_fp32.cu   this file: tiles in shared memory, online softmax, RoPE, backward in two kernels
 //   attention.cuh       where a head's rows lie in [B,N,3,H,64], how RoPE turns a pair
 //   attention_mma.cu    the same in bf16 and fp16 on tensor cores: who holds what, and why it is fast
-//   gaussian.cu         one pass over memory with noise from a counter; noise.h is that counter
+//   gaussian.cu         one pass over memory: the Gaussian, with noise from a counter, and the squared error;
+//                       noise.h is that counter
 //   norm.cu             GroupNorm with SiLU: sums over a tensor in three kernels
 //   vector.cuh          eight values a thread; ptx.cuh: the instructions that CUDA C++ has no word for
 //   ops.cpp             what PyTorch calls; kernels.h: the arguments of all kernels
-//   cpu_ops.cpp         the same ops on the CPU: tasks and threads; their kernels: cpu_attention.h and so on
+//   cpu_ops.cpp         the same ops on the CPU: tasks and threads
+//   cpu_kernels.h       what a CPU kernel takes; they are cpu_attention.h, cpu_gaussian.h and cpu_norm.h
+//   cpu_isa.h           how these are compiled for each instruction set; cpu_simd.h: the vectors they work on
 //
-// The math, for one (image, head), rows of 64 values, t ranging over the other side's tokens:
-//   forward    s_t = q.k_t / 8,  p_t = e^(s_t) / sum e^(s_t),  o = sum p_t v_t      writes O, lse
-//   backward   dv_t = sum p_t do,  ds_t = p_t (do.v_t - delta),  delta = do.o       writes dQ, dK, dV
-//              dq = sum ds_t k_t / 8,  dk_t = sum ds_t q / 8
-// q and k are turned by RoPE first, dq and dk turned back last. Scores are in base 2 (exp2 is an instruction
-// of the GPU), so lse = log2 sum 2^s, and backward has p again as 2^(s - lse) without a pass for the maximum.
+// The math, for one (image, head), with query i and key j, each a row of 64 values:
+//   forward    s_ij = q_i.k_j log2(e) / 8,  p_ij = 2^(s_ij - lse_i),  lse_i = log2 sum_j 2^s_ij
+//              o_i = sum_j p_ij v_j                                                writes O, lse
+//   backward   delta_i = do_i.o_i,  ds_ij = p_ij (do_i.v_j - delta_i)
+//              dv_j = sum_i p_ij do_i,  dq_i = sum_j ds_ij k_j / 8,
+//              dk_j = sum_i ds_ij q_i / 8                                          writes dQ, dK, dV
+// q and k are turned by RoPE first, dq and dk turned back last. Scores are in base 2, for exp2 is an
+// instruction of the GPU. Backward has p again from lse, without a pass for the maximum. In the code dO is
+// a.dout, and g is a row of it.
 //
-// Grid: a block of 128 threads for every 32 rows of every (image, head). Four lanes own a row and hold 16 of
-// its 64 values each: from 8 c on eight, and from 32 + 8 c on eight, c = lane % 4, so that RoPE's pairs
-// (i, i + 32) stay within a lane. A dot product is 16 multiplications a lane and two shuffles.
+// Grid: a block of 128 threads for every 32 rows of every (image, head). Four lanes own a row: the one with
+// c = lane % 4 holds the values 8 c .. 8 c + 7 and 32 + 8 c .. 32 + 8 c + 7, so that RoPE's pairs (i, i + 32)
+// share a lane. A dot product is 16 multiplications a lane and two shuffles.
 // Shared memory: two tiles of 32 rows, 16 KB. Registers (sm_90): forward 72, dQ 95, dK and dV 119.
 // Memory moved: a block reads its own rows once, and all of its head's K and V, from the L2 cache after the
 // first block; nothing of size N x N is written. Backward needs qkv, O, lse.
@@ -33,7 +39,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kRowsOfBlock = kThreads / 4;
-constexpr int kKeys = 32;                                     // rows of a tile in shared memory
+constexpr int kKeys = kThreads / 4;                           // rows of a tile: load_tile has 4 lanes a row
 
 // ------------------------------------------------------------------ a lane's share of a row
 
@@ -93,7 +99,7 @@ __device__ inline Lane lane_of(const Attention& a, const Place& p) {
 
 // ------------------------------------------------------------------ kernels
 
-// A row of 4 lanes owns query q:
+// The four lanes of a row own query q, turned by RoPE:
 //   m = -max float, l = 0, o = 0
 //   for each tile of 32 keys, K turned, in shared memory:
 //     for each key k, v of the tile:
@@ -109,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Attention a) {
 
   Share q = load_share(qkv_rows(qkv, a, p, 0)[safe], c), o{};
   turn_share(q, c, safe, a, false);
-  float m = -FLT_MAX, l = 0.f;                                // -INFINITY less a score of -INFINITY is a NaN
+  float m = -FLT_MAX, l = 0.f;  // not -INFINITY: s - m would be a NaN where s is -INFINITY
   for (int base = 0; base < a.N; base += kKeys) {
     if (base) __syncthreads();                                // the last tile is still being read
     load_tile(ks, qkv_rows(qkv, a, p, 1), base, a, true);
@@ -136,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Attention a) {
   if (c == 0) a.lse[stat_row(a, p) + row] = m + log2f(l);
 }
 
-// A row of 4 lanes owns query q with g = dO, and streams keys as forward does:
+// The four lanes of a row own query q, turned by RoPE, with g = dO, and stream keys as forward does:
 //   delta = g.o                                              written for the other kernel
 //   for each key k, v:  p = 2^(s - lse);  dq += p (g.v - delta) k
 //   dQ = dq / 8, turned back
@@ -170,8 +176,8 @@ __global__ void __launch_bounds__(kThreads) backward_q_kernel(const Attention a)
   if (c == 0) a.delta[stat_row(a, p) + row] = delta;
 }
 
-// A row of 4 lanes owns key k, v, and streams queries q with g = dO, lse and delta. So each gradient has one
-// writer: no atomics, always the same bits.
+// The four lanes of a row own key k, turned by RoPE, and its v, and stream queries q with g = dO, lse and
+// delta. So each gradient has one writer: no atomics, always the same bits.
 //   for each query:  p = 2^(s - lse);  dv += p g;  dk += p (g.v - delta) q
 //   dK = dk / 8, turned back;  dV = dv
 __global__ void __launch_bounds__(kThreads) backward_kv_kernel(const Attention a) {

@@ -10,14 +10,16 @@
 // with delta = rowsum(dO O). Each result has one writer: no atomics, always the same bits. Backward needs
 // qkv, O and lse, and computes P again.
 //
-// Why not a general flash attention: N is 261 = 2 * 128 + 5 at 256 x 256 pixels. Tiles of 128 do 384^2 of
-// work for 261^2; rows in steps of 16 do 272^2, and all of a head's K and V fit in shared memory.
+// Why not a general flash attention: N is 261 = 2 * 128 + 5 at 256 x 256 pixels. Tiles of 128 do 384 x 384 of
+// work for 261 x 261. Here owned rows come in steps of 32 and streamed ones in steps of 16, which makes
+// 288 x 272, and all of a head's K and V fit in shared memory.
 //
 // Grid: a block of 3 warps for every 96 rows of every (image, head): N 261 takes 3 blocks.
 // Shared memory: 272 rows of both streamed tensors, 68 KB; a longer side comes in several chunks. A
 //   multiprocessor of sm_90 has room for three such blocks, one of sm_80 for two, and one of sm_86 or sm_89,
 //   with its 100 KB, for one.
-// Registers (sm_90): forward 168, which allows 3 blocks; dQ 242, dK and dV 255, which allow 2.
+// Registers (sm_90): forward 168, which would allow 4 blocks, but shared memory allows 3; dQ 242, dK and dV
+//   255, which allow 2.
 // Bytes at B 16, N 261, H 20: forward reads 32 and writes 11 MB (10 us at 4.3 TB/s); backward moves twice as
 //   many. RoPE and attention of eager PyTorch move three times as many.
 //
@@ -28,7 +30,10 @@
 // products: reading it is otherwise the bottleneck.
 //
 // The product of tensor cores, mma.m16n8k16: D[16,8] += A[16,16] B[16,8], spread over the lanes L0 .. L31 of
-// a warp. With g = lane / 4 a lane holds values of rows g and g + 8 of A and D, and of column g of B:
+// a warp. With r = lane / 4 and c = lane % 4 a lane holds
+//   a0 = A[r][2c, 2c+1], a1 8 rows below, a2 8 columns to the right, a3 both
+//   b0 = B[2c, 2c+1][r], b1 8 rows below
+//   d0 d1 = D[r][2c, 2c+1], d2 d3 8 rows below
 //
 //           A: 4 registers of 2 values               B: 2 registers              D: 4 floats
 //       k   0 1   2 3   4 5   6 7 | 8 9 .. 14 15    n   0    1  ..  7      n   0 1   2 3   4 5   6 7
@@ -57,7 +62,9 @@ constexpr int kRowsOfBlock = 16 * kTiles * kWarps;            // 96: N 261 takes
 #define SAE_CHUNK_ROWS 272                                    // N 261 in one piece; tests take fewer
 #endif
 constexpr int kChunkRows = SAE_CHUNK_ROWS;                    // streamed rows in shared memory at a time
-constexpr int kStep = 32, kStepBackward = 16;                 // of which a warp takes so many at a time
+static_assert(kChunkRows % 16 == 0, "");                      // a chunk's rows are rounded up to 16
+// Keys or queries that a warp takes of a chunk at a time, in forward and in backward.
+constexpr int kStep = 32, kStepBackward = 16;
 constexpr size_t kTwoTiles = 2 * kChunkRows * D * sizeof(u16);
 
 // The first of the 32 rows that this warp owns.
@@ -80,7 +87,8 @@ __device__ inline void load_tile(u16* tile, Rows<const u16> src, int first, int 
     copy_async(cell(tile, 0, r, i % 8), src[t < n ? t : 0] + i % 8 * 8, t < n);
   }
 }
-// The same, for `turn_tile`: a thread copies both cells of the pairs that it will turn.
+// The same, for `turn_tile`: a thread copies the very cells that it will turn, so it waits for its own copies
+// alone, and no barrier is needed in between.
 __device__ inline void load_tile_of_pairs(u16* tile, Rows<const u16> src, int first, int rows, int n) {
   for (int i = threadIdx.x; i < rows * 4; i += kThreads) {
     const int r = i / 4, t = first + r;
@@ -100,8 +108,8 @@ __device__ inline void turn_pairs(uint32_t& low, uint32_t& high, float2 angle0, 
   high = pack<T>(y.x, y.y);
 }
 
-// RoPE of a tile, where it lies and after it has landed: all loads of memory are under way at once, and no
-// register waits for one.
+// RoPE of a tile in shared memory, in place, after it has landed: so all its copies are under way at once,
+// and no register waits for one.
 template <class T>
 __device__ inline void turn_tile(u16* tile, int first, int rows, const Attention& a) {
   constexpr int kRows = kThreads / 4;                         // at a time
@@ -194,11 +202,13 @@ __device__ inline void store_sum(Rows<u16> dst, const Sum& s, int row0, int n, f
 
 // ------------------------------------------------------------------ products of a warp
 
-// What a product of owned by streamed rows gives: [kTiles][8 columns][register].
+// What a product of the warp's 16 kTiles rows and 8 kColumns streamed ones gives:
+// [tile][8 columns][register].
 template <int kColumns>
 using Scores = float[kTiles][kColumns][4];
 
 // s[16 kTiles, 8 kColumns] = A X^T with X the tile's rows from row0 on.
+// B[k][n] = X[n][k]: a lane wants two neighbours of a row of X, which ldmatrix gives.
 template <class T, int kColumns>
 __device__ inline void product_transposed(Scores<kColumns>& s, const Operand (&a)[kTiles], u16* tile,
                                           int row0) {
@@ -221,6 +231,7 @@ __device__ inline void product_transposed(Scores<kColumns>& s, const Operand (&a
 }
 
 // sum[16 kTiles, 64] += P X, P[16 kTiles, 8 kColumns]. P is packed from D to A, lane by lane.
+// B[k][n] = X[k][n]: a lane wants two neighbours of a column of X, so ldmatrix transposes.
 template <class T, int kColumns>
 __device__ inline void product_add(Sum (&sum)[kTiles], const Scores<kColumns>& p, u16* tile, int row0) {
   const int lane = threadIdx.x % 32;
@@ -247,7 +258,7 @@ __device__ inline void product_add(Sum (&sum)[kTiles], const Scores<kColumns>& p
   }
 }
 
-// The columns at and past `left` belong to no token.
+// s = value in the columns from `left` on, which are padding. s begins at column `column0`.
 template <int kColumns>
 __device__ inline void mask(Scores<kColumns>& s, int column0, int left, float value) {
   if (column0 + 8 * kColumns <= left) return;
@@ -263,14 +274,17 @@ __device__ inline void mask(Scores<kColumns>& s, int column0, int left, float va
 
 // ------------------------------------------------------------------ forward
 
+// In the formulas of this file S and m are in base 2. In the code s and m are raw dot products: kScoreScale
+// multiplies them where exp2 or lse takes them, in backward too.
+
 // Of the 32 rows: the output so far, and of each row its reference score m and the sum l of 2^(s - m).
 template <class T>
 struct Softmax {
   Sum o[kTiles];
   float m[kTiles][2], l[kTiles][2];
 
-  // m follows the row's maximum only when that has grown by more than kSlack (2^8 is harmless in P and in the
-  // sum), so the output is seldom rescaled: at N 261 about once.
+  // m follows the maxima only when that of some row has grown by more than kSlack (2^8 is harmless in P and
+  // in the sum), so the output is seldom rescaled: at N 261 about once.
   static constexpr float kSlack = 8.f / kScoreScale;
 
   __device__ inline void reset() {
@@ -284,7 +298,8 @@ struct Softmax {
 
   // 8 kColumns keys, the rows from k0 on of the tiles:
   //   S = Q K^T, -infinity past the last key
-  //   if a row's maximum is above its m + slack: shrink l and o by 2^(m - maximum); m = maximum
+  //   if any of the warp's 32 rows has its maximum above its m + slack, then in every row
+  //     next = max(m, maximum);  l and o shrink by 2^(m - next);  m = next
   //   P = 2^(S - m);  l += a lane's share of rowsum P;  o += P V
   template <int kColumns>
   __device__ inline void step(const Operand (&q)[kTiles], u16* ks, u16* vs, int k0, int left) {

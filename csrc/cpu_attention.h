@@ -4,18 +4,20 @@
 //   forward                                      backward
 //     K, V of the head -> fp32, K turned           the same, and dK = dV = 0
 //     for each tile of 24 queries:                 for each tile of 24 queries:
-//       Q -> fp32, turned, times log2(e) / 8         Q, dO, O -> fp32; delta = rowsum(dO O)
+//       Q -> fp32, turned, times log2(e) / 8         Q likewise; dO, O -> fp32; delta = rowsum(dO O)
 //       S = Q K^T, whole rows of it                  P = 2^(Q K^T - lse)
 //       P = 2^(S - max S), l = rowsum P              dS = P (dO V^T - delta)
 //       O = P V / l                                  dV += P^T dO;  dK += dS^T Q;  dQ = dS K
-//       lse = max S + log2 l                         dQ turned back
-//                                                  dK turned back
+//       lse = max S + log2 l                         dQ / 8, turned back
+//                                                  dK ln 2, turned back: Q had log2(e) / 8 in it
 //
-// A head's K and V stay in the L2 cache (270 KB at N 261), and so do a tile's rows of scores (26 KB): softmax
-// needs one pass and no rescaling. All products are one kernel, `product`: C[m,n] = A[m,k] B[k,n] with a
-// register tile of kRows x 2 vectors. A is broadcast from memory with any strides, so its transpose costs
-// nothing; B is read by vectors, so K and V are also packed by columns (kt, vt) where their transpose is
-// asked for.
+// A head's K and V stay in the L2 cache, and so do a tile's rows of scores: softmax needs one pass and no
+// rescaling. With AVX-512, N 261 is padded to 272: K and V are 136 KB, backward's four copies of them (k, kt,
+// v, vt) 272 KB, and a tile's scores 26 KB.
+//
+// All products are one kernel, `product`: C[m,n] = A[m,k] B[k,n] with a register tile of kRows x 2 vectors. A
+// is broadcast from memory with any strides, so its transpose costs nothing; B is read by vectors, so K and V
+// are also packed by columns (kt, vt) where their transpose is asked for.
 //
 // Sums are in fp32 always, and so are the factors, except for bf16 tensors where the processor multiplies
 // pairs of bf16 (`Pairs`).

@@ -12,9 +12,6 @@ typedef double Doubles __attribute__((vector_size(8 * L)));
 typedef float FUnaligned __attribute__((vector_size(4 * L), aligned(4), may_alias));
 typedef uint16_t U16Unaligned __attribute__((vector_size(2 * L), aligned(2), may_alias));
 
-typedef const float* In32;
-typedef const uint16_t* In16;
-
 template <class To, class From>
 SAE_INLINE To bits(From v) {
   static_assert(sizeof(To) == sizeof(From), "");

@@ -6,18 +6,20 @@
 //             d logvar = dz std eps / 2 + dkl (var - 1) / 2                       writes d mu, d logvar
 //   error     mean (a - b)^2;  da = 2 dmean (a - b) / n                           reads a, b; writes da
 //
-// All four kernels have one shape. A block takes 4096 elements of one sample, a thread 8 neighbouring ones:
+// All four kernels have one shape. A block of 256 threads takes 4096 elements of one sample in two passes, a
+// thread 8 neighbouring ones at a time:
 //   load the 8 values of each input, by 16 bytes
-//   draw their noise from its counter (noise.h): two blocks of Philox, of four normals each
+//   reparameterize only: draw their noise from its counter (noise.h): two blocks of Philox, four normals each
 //   compute in fp32; store the 8 values of each output, by 16 bytes
-//   forward: add to the thread's sum; at the end of the block's two passes
-//     add up over lanes by shuffles, over warps in shared memory, and write one double
+//   forward: add to the thread's sum; after both passes
+//     add up over lanes by shuffles and over warps in shared memory, in fp32, and write the sum as a double
 //     a second kernel adds up the doubles of a sample, always in the same order: no atomics
 //
 // eps is computed where it is needed, so no noise is stored, read, or kept for backward: at [16,1280,16,16]
 // in bf16 forward moves 31 MB and backward 52 MB. Backward needs mu and logvar.
 //
-// Grid: a block of 256 threads for every 4096 elements of every sample. Shared memory: 32 bytes.
+// Grid: a block of 256 threads for every 4096 elements of every sample. Shared memory: 32 bytes in forward,
+// and 2 KB in the kernel that adds up the doubles.
 // Registers (sm_90): at most 64, which allows four blocks to a multiprocessor.
 //
 // The fast path wants samples of a multiple of 8 elements and an offset of a multiple of 4; anything else

@@ -30,7 +30,7 @@ namespace sae {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 384;                                 // twice these leave 80 registers a thread
+constexpr int kThreads = 384;                                 // two such blocks leave 80 registers a thread
 constexpr int kFinishThreads = 128;
 constexpr int kMaxLanes = 32;                                 // rows of a chunk at a time
 constexpr int kMinRows = 4, kMaxRows = 16;                    // of a thread
@@ -39,7 +39,8 @@ constexpr int kMomentRows = 4, kForwardRows = 2;              // that a thread l
 constexpr int kParts = 3;                                     // numbers of a channel of a chunk in `partial`
 constexpr float kLog2e = 1.4426950408889634f;
 
-// How the work is cut: a function of the shape alone, so that results do not depend on the device.
+// How the work is cut: a function of the shape alone, so that results do not depend on the device. The shape
+// has B in it, so the last bit of a sample's results may depend on the size of its batch.
 struct Cut {
   int columns, lanes;                                         // of a block: eights of channels; rows at once
   int tiles;                                                  // blocks side by side in a row

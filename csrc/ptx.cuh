@@ -95,7 +95,7 @@ __device__ __forceinline__ float fast_exp2(float x) {         // 2 ulp, and one 
 // 2 ulp; 0 for y >= 2^126
 __device__ __forceinline__ float fast_divide(float x, float y) { return __fdividef(x, y); }
 
-// 16 bytes to global memory in one store: out of an assignment nvcc makes four. A later __ldg may be moved
+// One 16-byte store to global memory; nvcc splits a plain assignment into four. A later __ldg may be moved
 // before it.
 __device__ __forceinline__ void store_16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};"

@@ -69,6 +69,7 @@ SAE_INLINE void store(T* p, const Eight& e, int n) {
 // The sum over a block of n threads, in every thread: always in the same order. shared has room for n.
 template <int n>
 SAE_INLINE double block_sum(double v, double* shared) {
+  static_assert((n & (n - 1)) == 0, "");                      // halved until 1 is left
   __syncthreads();
   shared[threadIdx.x] = v;
   for (int half = n / 2; half; half /= 2) {
