@@ -1,6 +1,7 @@
 """The set-up: what make and .ci/run would do, without doing it, and what the files may import."""
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -164,3 +165,20 @@ def test_the_program_imports_run_time_packages_alone(name):
     ours = {"sae", "common", "train", "eval"}
     foreign = {module.split(".")[0] for module in imported} - set(sys.stdlib_module_names) - ours
     assert foreign <= RUN_TIME
+
+
+def test_the_readme_names_options_files_and_functions_that_exist():
+    text = (ROOT / "README.md").read_text()
+    programs = "".join((ROOT / name).read_text() for name in ("train.py", "eval.py", "weights.sh"))
+    torchrun = {"--nproc_per_node", "--nnodes", "--node_rank", "--rdzv_backend", "--rdzv_endpoint",
+                "--max-restarts", "--signals-to-handle", "--shutdown-timeout"}
+    cited = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - torchrun - {"--no-build-isolation"}
+    assert {option for option in cited if not re.search(rf"{option}(?![\w-])", programs)} == set()
+
+    files = set(re.findall(r"`((?:csrc/|tests/)?[\w/]+\.(?:py|sh|cu|md))`", text))
+    assert {name for name in files if not any((ROOT / at / name).exists() for at in (".", "csrc"))} == set()
+
+    sources = "".join((ROOT / name).read_text() for name in ("sae.py", "train.py", "eval.py"))
+    equations = text[text.index("The equations and where they are"):text.index("## Train")]
+    names = {name.split(".")[-1] for name in re.findall(r"`(?:\w+\.py: )?([\w.]+)`", equations)}
+    assert len(names) >= 7 and {name for name in names if f"def {name}(" not in sources} == set()
