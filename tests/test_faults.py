@@ -191,8 +191,9 @@ def test_a_signal_to_torchrun_saves(world, tmp_path):
 
 
 def test_a_second_signal_ends_a_process_at_once(world, tmp_path):
-    os.mkfifo(tmp_path / "0.png")                               # opening it waits for a writer
-    process, = start(options(world, tmp_path / "run", data=tmp_path), tmp_path / "log")
+    (tmp_path / "images").mkdir()
+    os.mkfifo(tmp_path / "images" / "0.png")                    # opening it waits for a writer
+    process, = start(options(world, tmp_path / "run", data=tmp_path / "images"), tmp_path / "log")
     assert wait_for((tmp_path / "run" / "metrics.jsonl").exists, [process])
     os.kill(process.pid, signal.SIGINT)
     process.join(2)
