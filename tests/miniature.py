@@ -260,8 +260,9 @@ def main():
         probes = "".join(f"{scores['probe'][kind]:8.1f}" for kind in ("cls+patch", "patch", "mu"))
         drift = last.get("mse/var", 0)
         print(f"{name:12}{scores['psnr']:8.2f}{scores['ssim']:8.3f}             {probes}{drift:10.4f}")
-    print(f"""
-{time.time() - start:.0f} s. Look at {os.path.relpath(out / 'demo.png')}, test images that no run has seen:
+    print(f"\n{time.time() - start:.0f} s. Look at {os.path.relpath(out / 'demo.png')}: test images, seen by no run.")
+    if not args.data:
+        print("""What to look for, after as many steps as by default:
   stage 1: the frozen encoder tells the decoder the shape and its place, and hardly any colour.
   reg 100: sharper outlines and the colours of the grounds come back; the probe falls by a point or three.
   reg 0 (the paper's E2E): more of the colours still, and the probe collapses: the semantics are gone.""")
