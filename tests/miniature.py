@@ -260,7 +260,8 @@ def main():
         probes = "".join(f"{scores['probe'][kind]:8.1f}" for kind in ("cls+patch", "patch", "mu"))
         drift = last.get("mse/var", 0)
         print(f"{name:12}{scores['psnr']:8.2f}{scores['ssim']:8.3f}             {probes}{drift:10.4f}")
-    print(f"\n{time.time() - start:.0f} s. Look at {os.path.relpath(out / 'demo.png')}: test images, seen by no run.")
+    picture = os.path.relpath(out / "demo.png")
+    print(f"\n{time.time() - start:.0f} s. Look at {picture}: test images, which no run has seen.")
     if not args.data:
         print("""What to look for, after as many steps as by default:
   stage 1: the frozen encoder tells the decoder the shape and its place, and hardly any colour.
