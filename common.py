@@ -39,8 +39,10 @@ class ImageFolder:
     def __init__(self, root, option="--data"):
         self.root = root = Path(root)
         require(root.is_dir(), f"there is no image folder {root}: name one with {option}")
+        suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
         folders = sorted(d for d in root.iterdir() if d.is_dir() and not hidden(d.name))
-        loose = [p.name for p in root.iterdir() if p.is_file() and not hidden(p.name) and is_image(p)]
+        loose = [p.name for p in root.iterdir()
+                 if p.is_file() and not hidden(p.name) and p.suffix.lower() in suffixes]
         if folders and loose:
             raise ValueError(f"{root} holds images ({loose[0]}) and the folder {folders[0].name}: it takes "
                              "one folder a class, or images alone; move one away, or name another with "
@@ -50,12 +52,16 @@ class ImageFolder:
         self.classes = [folder.name for folder in self.folders]
         self.files, self.labels, left_out = [], [], Counter()
         for label, folder in enumerate(self.folders):
-            paths = sorted(walk(folder))
-            images = [path for path in paths if is_image(path)]
+            images = []
+            for path in sorted(walk(folder)):
+                suffix = os.path.splitext(path)[1]
+                if suffix.lower() in suffixes:
+                    images.append(path)
+                else:
+                    left_out[suffix or "without a suffix"] += 1
             require(images, f"{folder} holds no images: fill it or remove it, or name another with {option}")
             self.files += images
             self.labels += [label] * len(images)
-            left_out.update(Path(path).suffix or "without a suffix" for path in paths if not is_image(path))
         if left_out and os.environ.get("RANK", "0") == "0":
             counts = ", ".join(f"{n} {suffix}" for suffix, n in left_out.most_common())
             print(f"{root}: left out, since they are no images: {counts}", file=sys.stderr)
@@ -68,11 +74,6 @@ def hidden(name):
     return name.startswith(".") or name in NO_CLASSES
 
 
-def is_image(path):
-    """By the suffix: whether the installed Pillow has a reader for it."""
-    return Image.registered_extensions().get(Path(path).suffix.lower()) in Image.OPEN
-
-
 def walk(folder):
     """The paths of all files under `folder`, through links; each folder once, for a link can lead back up."""
     def refuse(error):                  # os.walk would leave out a folder that it cannot read, without a word
@@ -80,10 +81,11 @@ def walk(folder):
 
     seen = set()
     for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        if os.path.realpath(here) in seen:
+        real = os.path.realpath(here)
+        if real in seen:
             folders.clear()             # os.walk goes into those that are left here
             continue
-        seen.add(os.path.realpath(here))
+        seen.add(real)
         folders[:] = [name for name in folders if not hidden(name)]
         yield from (os.path.join(here, name) for name in names if not hidden(name))
 
@@ -264,20 +266,22 @@ def batches(images, passes, args, rank, world):
     passes: numbers of the passes, forward and backward. Each rank names the files that it cannot use, once,
     on stderr, and raises ValueError when they are more than 1 % of all.
     """
-    firsts = [(i * world + rank) * args.batch for i in passes]
-    samples = [range(first, first + args.batch) for first in firsts]
+    def first(i):                       # number of the first sample of pass i
+        return (i * world + rank) * args.batch
+
+    samples = (range(first(i), first(i) + args.batch) for i in passes)
     workers = {"prefetch_factor": 4, "timeout": 1800, "worker_init_fn": own_session} if args.workers else {}
     loader = DataLoader(images, batch_sampler=samples, collate_fn=collate, num_workers=args.workers,
                         pin_memory=torch.cuda.is_available(), **workers)
     bad = set()
-    for first, (x, skipped) in zip(firsts, loader):
+    for i, (x, skipped) in zip(passes, loader):
         new = sorted(set(skipped) - bad)
         bad.update(new)
         for sentence in new:
             tqdm.write(f"skipped: {sentence}", file=sys.stderr)
         require(len(bad) * 100 <= len(images),
                 f"more than 1 % of the {len(images)} images cannot be used, such as: {''.join(new[-1:])}")
-        yield first, x
+        yield first(i), x
 
 
 def collate(items):
