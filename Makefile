@@ -1,5 +1,6 @@
 # make setup   .venv with torch, this package and, where there is a compiler, its kernels
-# make demo    the same, then train and evaluate the miniature
+# make demo    the same, then train and evaluate the miniature: minutes
+# make miniature   the whole ablation on drawn images, three seeds: hours; it goes on where it was interrupted
 # make test    the same with the test oracles, then the tests; PYTEST="-m slow" or PYTEST=tests/test_sae.py
 #              choose others
 # PYTHON=python3.12 chooses the interpreter of a new .venv. Stamps in .venv let a second run start at once.
@@ -9,13 +10,16 @@ PYTEST ?=
 PIP := .venv/bin/python -m pip --disable-pip-version-check install
 SOURCES := setup.py $(wildcard csrc/*)
 
-.PHONY: setup demo test
+.PHONY: setup demo miniature test
 .NOTPARALLEL:
 
 setup: .venv/setup.stamp
 
 demo: .venv/setup.stamp
 	.venv/bin/python tests/miniature.py
+
+miniature: .venv/setup.stamp
+	.venv/bin/python tests/miniature.py --rows all --seeds 0 1 2 --out .miniature
 
 test: .venv/test.stamp
 	.venv/bin/python -m pytest $(PYTEST)

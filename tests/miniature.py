@@ -1,18 +1,22 @@
-"""The whole of S-AE in minutes on two CPU cores, through the command lines a laboratory uses.
+"""The whole of S-AE in minutes or hours on two CPU cores, through the command lines a laboratory uses.
 
-    python tests/miniature.py                                   # draws its images, trains its own teacher
-    python tests/miniature.py --data photos --encoder dinov3.safetensors --size 128 \\
-        --widths 256 192 96 48 24 --steps 500 2000 --lr 1e-3 3e-4 \\
-        --lpips-net squeeze --lpips-weights squeezenet1_1.safetensors
+    python tests/miniature.py                                           # make demo: three rows, a picture
+    python tests/miniature.py --rows all --seeds 0 1 2 --out .miniature         # make miniature: all of it
+    python tests/miniature.py --out .photos --data photos --encoder dinov3.safetensors --size 128 \\
+        --widths 256 192 96 48 24 --steps 500 1500 --lr 1e-3 3e-4 --gan 1 --lpips-net squeeze \\
+        --lpips-weights squeezenet1_1.safetensors --rows Freeze E2E "reg 100" "reg 200" "reg 500"
 
-Trains on the even files of each class and measures on the odd ones: train.py --stage 1, then --stage 2 for
-each --reg, and eval.py. What to look for: stage 2 lifts the PSNR well above stage 1, and only with a reg the
-probe stays.
+Without --data it draws its images and trains its own teacher. A row of the table is a train.py command, which
+is printed, and its scores a JSON file in --results: a row that is there is not made again, so that hours of
+work can be interrupted, and go on. Beside the folder --results lie its table as .md and its figure as .png.
 """
 import argparse
 import json
 import math
 import os
+import re
+import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -26,8 +30,40 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from common import ImageFolder, center_crop, load_image  # noqa: E402
-from sae import SAE, DINOv3, DINOv3Config, save_safetensors  # noqa: E402
+from common import ImageFolder, center_crop, load_image, psnr, to_float, to_uint8  # noqa: E402
+from eval import Moments, frechet_distance  # noqa: E402
+from sae import SAE, DINOv3, DINOv3Config, save_safetensors, write  # noqa: E402
+
+# ------------------------------------------------------------------ the rows
+
+# name: (options of its stage 1, --reg of its stage 2, which Freeze has none of). The names are the paper's.
+UNTRAINED = ("--steps", "1", "--lr", "0")       # a stage 1 that leaves the decoder as it was initialised
+BREAKS = {                                      # where it breaks, or does not; for one seed
+    "reg 5000": ((), "5000"),                   # ten times the paper's largest
+    "f 32": (("--f", "32"), "100"),
+    "f 64": (("--f", "64"), "100"),
+    "z_dim / 4": (("--z-dim", "QUARTER"), "100"),
+}
+ROWS = {
+    "Freeze": ((), None),
+    "reg 500": ((), "500"),
+    "reg 200": ((), "200"),
+    "reg 100": ((), "100"),
+    "E2E": ((), "0"),
+    "reg 100, no stage 1": (UNTRAINED, "100"),
+    "E2E, no stage 1": (UNTRAINED, "0"),
+    **BREAKS,
+}
+DEMO = ("Freeze", "reg 100", "E2E")
+LOOK_FOR = """
+What to look for, after as many steps as by default:
+  Freeze:  the frozen encoder tells the decoder the shape and its place, and hardly any colour.
+  reg 100: sharper outlines, and colours and textures come back; the probe stays.
+  E2E:     the sharpest reconstruction, and the probe collapses: the semantics are gone."""
+PAPER = {                                       # probe %, PSNR on ImageNet 256
+    "Freeze": (88.4, 19.39), "reg 500": (87.0, 29.74), "reg 200": (86.1, 32.21), "reg 100": (81.9, 33.84),
+    "E2E": (12.4, 41.35),
+}
 
 # ------------------------------------------------------------------ images
 # The shape is the class, all else is nuisance.
@@ -44,7 +80,6 @@ CROSS = [(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1),
          (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1)]
 CROSS = [(x / 3, y / 3) for x, y in CROSS]
 ARROW = [(0, -1), (0.8, 0), (0.3, 0), (0.3, 1), (-0.3, 1), (-0.3, 0), (-0.8, 0)]
-PARTS = ("train", "val")
 SHAPES = {"triangle": polygon(3), "square": polygon(4), "star": polygon(5, 0.4), "cross": CROSS,
           "arrow": ARROW, "disc": polygon(40), "ring": polygon(40), "crescent": polygon(40)}
 
@@ -93,7 +128,7 @@ def compose(masks, textures, rng):
 
 
 def draw_images(folder, per_class, size):
-    """Draw per_class images a shape, even ones into folder/train and odd ones into folder/val.
+    """Draw per_class images a shape; every fourth goes to folder/val, the others to folder/train.
 
     Returns masks [n,1,size,size] and labels [n] of the training images, and textures [600,3,size,size].
     """
@@ -104,11 +139,13 @@ def draw_images(folder, per_class, size):
     masks = torch.tensor(masks, dtype=torch.float32)[:, None]
     labels = torch.tensor([sorted(SHAPES).index(name) for name in SHAPES for _ in range(per_class)])
     images = (compose(masks, textures, torch_rng) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    train = torch.arange(len(masks)) % 4 < 3
     for i, (image, label) in enumerate(zip(images, labels)):
-        path = folder / PARTS[i % 2] / sorted(SHAPES)[label] / f"{i % per_class:04d}.png"
+        part = "train" if train[i] else "val"
+        path = folder / part / sorted(SHAPES)[label] / f"{i % per_class:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
-    return masks[::2], labels[::2], textures
+    return masks[train], labels[train], textures
 
 
 def link_images(data, folder):
@@ -117,8 +154,9 @@ def link_images(data, folder):
     for label, name in enumerate(images.classes):
         files = [file for file, of in zip(images.files, images.labels) if of == label]
         for i, file in enumerate(files):
-            link = folder / PARTS[i % 2] / name / f"{i:06d}{Path(file).suffix}"
+            link = folder / ("train", "val")[i % 2] / name / f"{i:06d}{Path(file).suffix}"
             link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
             link.symlink_to(Path(file).resolve())
 
 
@@ -157,57 +195,165 @@ def train_teacher(masks, labels, textures, path, steps):
     save_safetensors(encoder.state_dict(), path)
 
 
-# ------------------------------------------------------------------ the job
-
+# ------------------------------------------------------------------ training and scoring a row
 
 def run(*command):
-    print("\n$ " + " ".join(["python", *command]), flush=True)
+    print("\n$ " + shlex.join(["python", *command]), flush=True)
     start = time.time()
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     print(f"({time.time() - start:.0f} s)", flush=True)
 
 
-def train_and_score(args, out, data, encoder):
-    """Stage 1, then stage 2 for each reg, each with its scores: {name: its output folder}."""
-    # Chosen for two CPU cores and minutes: a high rate, a fast EMA, no GAN. train.py's defaults are the
-    # paper's.
-    size = ["--size", str(args.size), "--workers", "1"]
-    common = ["--data", str(data / "train"), "--encoder", str(encoder), *size, "--batch", str(args.batch),
-              "--gan", "0", "--warmup", "50", "--ema", "0.99", "--min-lr", "1e-5",
-              "--image-every", "500", "--log-every", "50"]
-    lpips = []
+def train(folder, stage, args, paths, *options):
+    """One train.py command into `folder`, which goes on where it was interrupted."""
+    # Chosen for two CPU cores: high rates, a fast EMA. train.py's defaults are the paper's.
+    lpips = ["--lpips", "0"]
     if args.lpips_weights:
-        lpips = ["--lpips-net", args.lpips_net, "--lpips-weights", args.lpips_weights]
-    common += [*lpips, "--lpips", "10"] if lpips else ["--lpips", "0"]
-    lr, encoder_lr = map(str, args.lr)
-    folders = {"stage 1": out / "stage1"} | {f"reg {reg}": out / f"stage2-reg{reg}" for reg in args.reg}
-    for name, folder in folders.items():
-        if name == "stage 1":
-            stage = ["--stage", "1", "--blocks", "1", "--widths", *args.widths,
-                     "--steps", str(args.steps[0]), "--lr", lr]
-        else:
-            stage = ["--stage", "2", "--reg", name.split()[1], "--init", str(out / "stage1/last.pt"),
-                     "--steps", str(args.steps[1]), "--lr", lr, "--encoder-lr", encoder_lr]
-        run("train.py", *stage, *common, "--out", str(folder))
-        run("eval.py", str(folder / "last.pt"), "--data", str(data / "val"), "--train", str(data / "train"),
-            *size, "--skip", "fid" if lpips else "fid,lpips", *lpips,
-            "--probe", "cached", "--probe-iterations", "1000", "--out", str(folder / "eval.json"))
-    return folders
+        lpips = ["--lpips", "10", "--lpips-net", args.lpips_net, "--lpips-weights", args.lpips_weights]
+    resume = ["--resume"] if (folder / "last.pt").exists() else []
+    run("train.py", "--stage", stage, "--data", str(paths["train"]), "--encoder", str(paths["encoder"]),
+        "--size", str(args.size), "--batch", str(args.batch), "--lr", args.lr[0], "--warmup", "50",
+        "--min-lr", "1e-5", "--ema", "0.99", "--gan", args.gan, *lpips, "--image-every", "500",
+        "--save-every", "500", "--workers", "1", *options, "--out", str(folder), *resume)
+
+
+def row_folders(name, seed, args):
+    """(folder of its stage 1, which rows share; folder of the row's own run)."""
+    stage1, reg = ROWS[name]
+    first = args.out / f"seed{seed}" / ("-".join(word.strip("-") for word in stage1) or "freeze").lower()
+    return first, first if reg is None else first.with_name(f"{first.name}-reg{reg}")
+
+
+def train_row(name, seed, args, paths):
+    """The folder of the finished run of a row."""
+    (stage1, reg), (first, second) = ROWS[name], row_folders(name, seed, args)
+    stage1 = [str(paths["width"] // 4) if option == "QUARTER" else option for option in stage1]
+    if not (first / "done").exists():           # so that one stage 1 serves many rows
+        train(first, "1", args, paths, "--blocks", "1", "--widths", *args.widths, "--steps", args.steps[0],
+              "--seed", str(seed), *stage1)
+        (first / "done").touch()
+    if reg is not None:
+        train(second, "2", args, paths, "--reg", reg, "--init", str(first / "last.pt"),
+              "--steps", args.steps[1], "--encoder-lr", args.lr[1], "--seed", str(seed))
+    return second
+
+
+def score_row(folder, args, paths):
+    """{column: number} of a finished run on the test images."""
+    out = folder / "eval.json"
+    common = [str(folder / "last.pt"), "--data", str(paths["val"]), "--train", str(paths["train"]), "--size",
+              str(args.size), "--workers", "1", "--probe", "cached", "--probe-iterations", "1000"]
+    skip = [] if args.inception else ["fid"]
+    if args.lpips_weights:
+        common += ["--lpips-net", args.lpips_net, "--lpips-weights", args.lpips_weights]
+    else:
+        skip.append("lpips")
+    if args.inception:
+        common += ["--inception", args.inception, "--fid-dims", "64"]
+    run("eval.py", *common, "--skip", ",".join(skip), "--out", str(out))
+    found = json.loads(out.read_text())
+    scores = {"probe": found["probe"]["cls+patch"], "probe patch": found["probe"]["patch"],
+              "probe mu": found["probe"]["mu"], "PSNR": found["psnr"], "SSIM": found["ssim"]}
+    if args.lpips_weights:
+        scores["LPIPS"] = found["lpips"]
+    if args.inception:
+        scores["FID-64"] = found["rfid"]
+        run("eval.py", *common, "--fid-dims", "768", "--skip", "lpips,probe", "--out", str(out))
+        scores["FID-768"] = json.loads(out.read_text())["rfid"]
+    return scores | teacher_scores(folder, args, paths)
+
+
+@torch.no_grad()
+def teacher_scores(folder, args, paths):
+    """What the teacher sees of a run's test images, and how far the student's tokens have moved from its own.
+
+    FD: Frechet distance of the teacher's mean patch tokens, reconstructions to test images. mse/var: that of
+    the patch tokens, as a share of their variance. PSNR 3:4: of crops that are a quarter less high than wide.
+    """
+    sae, teacher = SAE.from_pretrained(folder / "last.pt"), DINOv3.from_pretrained(paths["encoder"])
+    files, f = ImageFolder(paths["val"]).files, sae.config.f
+    real, fake = (Moments(teacher.cfg.width, "cpu") for _ in range(2))
+    mse, tokens, db = 0.0, [], []
+    for i in range(0, len(files), 32):
+        crops = [np.asarray(center_crop(load_image(file), args.size)) for file in files[i:i + 32]]
+        x = to_float(torch.from_numpy(np.stack(crops)))                                  # [B,3,S,S]
+        target = teacher(x)[2]                                                           # [B,N,D]
+        xhat = sae.decode(sae.encode(x).mode()).clamp(-1, 1)
+        real.update(target.mean(1))
+        fake.update(teacher(xhat)[2].mean(1))
+        mse += (sae.encoder(x)[2] - target).square().sum().item()
+        tokens.append(target)
+        wide = x[:, :, :max(f, args.size * 3 // 4 // f * f)]                             # [B,3,3/4 S,S]
+        db.append(psnr(to_uint8(wide), to_uint8(sae.decode(sae.encode(wide).mode()))))
+    tokens = torch.cat(tokens)
+    fd = frechet_distance(*real.mean_cov(), *fake.mean_cov())
+    return {"FD": fd, "mse/var": mse / tokens.numel() / tokens.var().item(),
+            "PSNR 3:4": torch.cat(db).mean().item()}
+
+
+# ------------------------------------------------------------------ what it shows
+
+DIGITS = {"probe": 1, "probe patch": 1, "probe mu": 1, "PSNR": 2, "SSIM": 3, "LPIPS": 3, "FID-64": 2,
+          "FID-768": 3, "FD": 2, "mse/var": 4, "PSNR 3:4": 2}
+
+
+def read_results(results):
+    """{row: [its scores, one dict a seed]} of the JSON files in `results`, in the order of ROWS."""
+    found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    scores = {name: [row["scores"] for row in found if row["row"] == name] for name in ROWS}
+    return {name: seeds for name, seeds in scores.items() if seeds}
+
+
+def table(rows):
+    """The Markdown table of `rows`: means over the seeds, ± the standard deviation where there are more."""
+    columns = [c for c in DIGITS if any(c in scores[0] for scores in rows.values())]
+    lines = [f"| row | seeds | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for name, scores in rows.items():
+        cells = []
+        for column in columns:
+            values, digits = [s[column] for s in scores], DIGITS[column]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        lines.append(f"| {name} | {len(scores)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_figure(rows, path):
+    """Probe against PSNR: the rows, with their spread, and beside them the paper's on axes of their own."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figure: it needs matplotlib, which is in this project's extra `plots`")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, (ours, papers) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+    for name, scores in rows.items():
+        x, y = ([s[column] for s in scores] for column in ("PSNR", "probe"))
+        spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in (x, y)]
+        x, y = statistics.mean(x), statistics.mean(y)
+        ours.errorbar(x, y, xerr=spread[0], yerr=spread[1], fmt="o", capsize=3,
+                      color="C0" if name in PAPER else "C1")
+        ours.annotate(name, (x, y), (5, -12), textcoords="offset points", fontsize=8)
+    for name, (probe, db) in PAPER.items():
+        papers.plot(db, probe, "o", color="grey")
+        papers.annotate(name, (db, probe), (5, -12), textcoords="offset points", fontsize=8, color="grey")
+    ours.set(title="measured here", xlabel="PSNR, dB", ylabel="linear probe, %", ylim=(0, 105))
+    papers.set(title="the paper's, ImageNet 256", xlabel="PSNR, dB", ylim=(0, 105))
+    write(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def draw_demo(folders, data, size, path, n=8, scale=2):
     """One picture: originals of the test set, then a labelled row of reconstructions for each run."""
-    files = ImageFolder(data / "val").files
+    files = ImageFolder(data).files
     files = [files[i] for i in np.linspace(0, len(files) - 1, n).astype(int)]
-    originals = [np.asarray(center_crop(load_image(file), size)) for file in files]
-    originals = np.stack(originals)                                                      # [n,size,size,3]
-    rows = {"original": originals}
+    originals = np.stack([np.asarray(center_crop(load_image(file), size)) for file in files])
+    rows = {"original": originals}                                                       # [n,size,size,3]
     for name, folder in folders.items():
         sae = SAE.from_pretrained(folder / "last.pt")
-        x = torch.from_numpy(originals).permute(0, 3, 1, 2) / 127.5 - 1
         with torch.no_grad():
-            xhat = sae.decode(sae.encode(x).mode())
-        rows[name] = ((xhat.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+            xhat = sae.decode(sae.encode(to_float(torch.from_numpy(originals))).mode())
+        rows[name] = to_uint8(xhat).permute(0, 2, 3, 1).numpy()
     side, label = scale * size, 110
     picture = Image.new("RGB", (label + n * side, len(rows) * side), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(20)
@@ -216,57 +362,80 @@ def draw_demo(folders, data, size, path, n=8, scale=2):
         for x, image in enumerate(images):
             image = Image.fromarray(image).resize((side, side), Image.BICUBIC)
             picture.paste(image, (label + x * side, y * side))
-    picture.save(path, optimize=True)
+    write(path, lambda file: picture.save(file, format="png", optimize=True))
 
 
-def main():
+# ------------------------------------------------------------------ the command
+
+def options():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--rows", nargs="+", default=list(DEMO), choices=["all", *ROWS], metavar="ROW",
+                   help=f"all, or some of: {', '.join(ROWS)}; default {', '.join(DEMO)}")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0])
     p.add_argument("--data", help="folder of class folders; default: drawn shapes")
     p.add_argument("--encoder", help="DINOv3 weights; default: trained here on the drawn shapes")
     p.add_argument("--size", type=int, default=64)
     p.add_argument("--batch", type=int, default=8)
-    p.add_argument("--steps", type=int, nargs=2, default=(300, 1000), help="of stage 1 and stage 2")
-    p.add_argument("--lr", type=float, nargs=2, default=(1e-3, 1e-3), help="of decoder and encoder")
-    p.add_argument("--reg", nargs="+", default=["100", "0"], help="a stage 2 for each; 0 is the paper's E2E")
-    p.add_argument("--widths", nargs="+", default=["128", "96", "64", "48", "24"])
+    p.add_argument("--steps", nargs=2, default=("300", "1600"), help="of stage 1 and stage 2")
+    p.add_argument("--lr", nargs=2, default=("1e-3", "1e-3"), help="of decoder and encoder")
+    p.add_argument("--widths", nargs="+", default=["128", "96", "64", "32", "16"])
+    p.add_argument("--gan", default="0", help="weight of the GAN term")
     p.add_argument("--lpips-net", default="vgg")
     p.add_argument("--lpips-weights", help="torchvision's trunk; without it the LPIPS term is off")
-    p.add_argument("--out", default=".demo")
+    p.add_argument("--inception", help="FID's Inception; without it there is no FID")
+    p.add_argument("--out", type=Path, default=Path(".demo"))
+    p.add_argument("--results", type=Path, help="folder of a JSON for each row and seed; default OUT/rows")
     args = p.parse_args()
-    out = Path(args.out).resolve()
     if bool(args.data) != bool(args.encoder):
-        sys.exit("--data and --encoder go together: the drawn images and the encoder trained on them, or "
-                 "yours")
-    if out.exists() and any(out.iterdir()):
-        sys.exit(f"{out} is not empty: remove it, or name another folder with --out")
-    if args.lpips_weights:
-        args.lpips_weights = str(Path(args.lpips_weights).resolve())
-    start, data = time.time(), out / "images"
+        p.error("--data and --encoder go together: both are yours, or both are made here")
+    if "all" in args.rows:
+        args.rows = list(ROWS)
+    args.out = args.out.resolve()
+    args.results = (args.results or args.out / "rows").resolve()
+    for name in ("lpips_weights", "inception"):
+        if getattr(args, name):
+            setattr(args, name, str(Path(getattr(args, name)).resolve()))
+    return args
+
+
+def prepare(args):
+    """Images and teacher, drawn and trained where they are not there yet: what the rows' commands name."""
+    data, encoder = args.out / "images", args.out / "teacher.safetensors"
     if args.data:
         link_images(args.data, data)
         encoder = Path(args.encoder).resolve()
-    else:
-        encoder = out / "teacher.safetensors"
-        drawn = draw_images(data, per_class=200, size=args.size)
-        print(f"drew {len(SHAPES)} x 200 images of {args.size}x{args.size} into {data}", flush=True)
+    elif not encoder.exists():                  # it is written last, and whole
+        drawn = draw_images(data, per_class=400, size=args.size)
+        print(f"drew {len(SHAPES)} x 400 images of {args.size}x{args.size} into {data}", flush=True)
         train_teacher(*drawn, encoder, steps=600)
+    return {"train": data / "train", "val": data / "val", "encoder": encoder,
+            "width": DINOv3.from_pretrained(encoder).cfg.width}
 
-    folders = train_and_score(args, out, data, encoder)
-    draw_demo(folders, data, args.size, out / "demo.png")
-    print(f"\n{'':12}{'PSNR':>8}{'SSIM':>8}   probe %: {'cls+patch':>9}{'patch':>8}{'mu':>8}{'mse/var':>10}")
-    for name, folder in folders.items():
-        scores = json.loads((folder / "eval.json").read_text())
-        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-        probes = "".join(f"{scores['probe'][kind]:8.1f}" for kind in ("cls+patch", "patch", "mu"))
-        drift = last.get("mse/var", 0)
-        print(f"{name:12}{scores['psnr']:8.2f}{scores['ssim']:8.3f}             {probes}{drift:10.4f}")
-    picture = os.path.relpath(out / "demo.png")
-    print(f"\n{time.time() - start:.0f} s. Look at {picture}: test images, which no run has seen.")
-    if not args.data:
-        print("""What to look for, after as many steps as by default:
-  stage 1: the frozen encoder tells the decoder the shape and its place, and hardly any colour.
-  reg 100: sharper outlines and the colours of the grounds come back; the probe falls by a point or three.
-  reg 0 (the paper's E2E): more of the colours still, and the probe collapses: the semantics are gone.""")
+
+def main():
+    args, start, paths = options(), time.time(), None
+    args.results.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        for name in args.rows:
+            result = args.results / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-seed{seed}.json"
+            if result.exists() or name in BREAKS and seed != args.seeds[0]:
+                continue
+            paths = paths or prepare(args)
+            folder = train_row(name, seed, args, paths)
+            settings = {k: v for k, v in vars(args).items() if k not in ("out", "results", "rows", "seeds")}
+            row = {"row": name, "seed": seed, "scores": score_row(folder, args, paths),
+                   "settings": settings, "torch": torch.__version__}
+            write(result, lambda file: file.write(json.dumps(row, indent=1).encode() + b"\n"))
+
+    rows = read_results(args.results)
+    write(args.results.with_suffix(".md"), lambda file: file.write(table(rows).encode()))
+    draw_figure(rows, args.results.with_suffix(".png"))
+    print("\n" + table(rows))
+    folders = {name: row_folders(name, args.seeds[0], args)[1] for name in DEMO}
+    if all((folder / "last.pt").exists() for folder in folders.values()):
+        draw_demo(folders, args.out / "images/val", args.size, args.out / "demo.png")
+        print(f"{time.time() - start:.0f} s. Look at {os.path.relpath(args.out / 'demo.png')}: test images, "
+              "which no run has seen." + ("" if args.data else LOOK_FOR))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+"""The miniature: its rows are kept, its table is of their numbers, and it goes on where it was interrupted."""
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import miniature
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sae import DINOv3, DINOv3Config, save_safetensors
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The words of a miniature of two steps a stage on 2 x 24 images of noise, and where its results go."""
+    root, rng = tmp_path_factory.mktemp("miniature"), np.random.default_rng(0)
+    for i in range(48):
+        path = root / "photos" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    torch.manual_seed(0)
+    save_safetensors(DINOv3(DINOv3Config(64, 2, 64, 128)).state_dict(), root / "encoder.safetensors")
+    words = ["--data", root / "photos", "--encoder", root / "encoder.safetensors", "--size", 32,
+             "--steps", 2, 2, "--widths", 32, 32, 16, "--batch", 4, "--out", root / "out",
+             "--results", root / "drawn"]
+    return words, root
+
+
+def run(words, *rows):
+    command = [sys.executable, ROOT / "tests/miniature.py", *words, "--rows", *rows]
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True).stdout
+
+
+def test_rows_that_are_there_are_kept_and_the_others_are_added_to_table_and_figure(world):
+    words, root = world
+    first = run(words, "Freeze", "reg 100")
+    assert first.count("$ python train.py") == 2 and first.count("$ python eval.py") == 2
+    kept = (root / "drawn/reg-100-seed0.json").read_bytes()
+
+    second = run(words, "Freeze", "reg 100", "E2E")         # its stage 1 is that of Freeze
+    assert second.count("$ python train.py") == 1 and "--reg 0" in second and "--resume" not in second
+    assert (root / "drawn/reg-100-seed0.json").read_bytes() == kept
+    assert [line.split("|")[1].strip() for line in (root / "drawn.md").read_text().splitlines()] == [
+        "row", "---", "Freeze", "reg 100", "E2E"]
+    for picture in "drawn.png", "out/demo.png":
+        with Image.open(root / picture) as image:
+            image.verify()
+
+
+def test_a_row_that_was_interrupted_after_its_training_is_scored_and_a_frozen_encoder_has_not_moved(world):
+    words, root = world
+    run(words, "Freeze")
+    found = json.loads((root / "drawn/freeze-seed0.json").read_text())
+    assert found["scores"]["mse/var"] == 0
+    (root / "drawn/freeze-seed0.json").unlink()
+    assert "train.py" not in run(words, "Freeze")           # `done` stands beside it
+    assert json.loads((root / "drawn/freeze-seed0.json").read_text()) == found
+
+
+def test_the_table_gives_means_and_deviations_over_the_seeds():
+    rows = {"Freeze": [{"probe": p, "PSNR": db} for p, db in ((90.0, 20.0), (91.0, 21.0), (95.0, 22.0))],
+            "E2E": [{"probe": 40.0, "PSNR": 25.0}]}
+    spread = statistics.stdev([90, 91, 95])
+    assert miniature.table(rows).splitlines()[2:] == [
+        f"| Freeze | 3 | 92.0 ± {spread:.1f} | 21.00 ± 1.00 |", "| E2E | 1 | 40.0 | 25.00 |"]
