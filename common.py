@@ -49,14 +49,14 @@ class ImageFolder:
         require(root.is_dir(), f"there is no image folder {root}: name one with {option}")
         suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
         folders = sorted(d for d in root.iterdir() if d.is_dir() and not hidden(d.name))
-        loose = [p.name for p in root.iterdir() if p.is_file() and not hidden(p.name)]
-        tars = sorted(name for name in loose if name.endswith(TARS))
-        loose = [name for name in loose if os.path.splitext(name)[1].lower() in suffixes]
+        names = [p.name for p in root.iterdir() if p.is_file() and not hidden(p.name)]
+        loose = [name for name in names if os.path.splitext(name)[1].lower() in suffixes]
+        tars = sorted(name for name in names if name.endswith(TARS))
 
         kinds = {"images ({})": loose, "the folder {}": [d.name for d in folders], "the tar {}": tars}
-        found = [kind.format(names[0]) for kind, names in kinds.items() if names]
-        require(len(found) < 2,
-                f"{root} holds {' and '.join(found)}: it takes one folder a class, or images alone, or tars "
+        there = [kind.format(some[0]) for kind, some in kinds.items() if some]
+        require(len(there) < 2,
+                f"{root} holds {' and '.join(there)}: it takes one folder a class, or images alone, or tars "
                 f"alone; move one away, or name another with {option}")
 
         self.folders = folders or [root]

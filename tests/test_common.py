@@ -110,14 +110,13 @@ def test_a_run_inside_its_images_is_refused_before_anything_is_written(photos):
 def pack(folder, out, label=("cls", "{}"), tars=2):
     """Class folders of PNGs as WebDataset's tars, in no order: NAME.png and NAME.cls or NAME.json."""
     paths = np.random.default_rng(0).permutation(sorted(folder.rglob("*.png")))
-    out.mkdir()
+    out.mkdir(parents=True)
     for i in range(tars):
         with tarfile.open(out / f"{i}.tar", "w") as tar:
             for path in paths[i::tars]:
-                tar.add(path, path.relative_to(folder))
-                if label:
-                    add(tar, str(path.relative_to(folder).with_suffix("." + label[0])),
-                        label[1].format(path.parent.name).encode())
+                name = path.relative_to(folder)
+                add(tar, str(name), path.read_bytes())
+                add(tar, str(name.with_suffix("." + label[0])), label[1].format(name.parent).encode())
     return out
 
 
