@@ -3,11 +3,17 @@
 Pixels are uint8 [...,H,W,3] in data workers, and [B,3,H,W] in [-1,1] from `to_float` on.
 """
 import argparse
+import io
+import json
+import math
 import os
+import posixpath
 import sys
+import tarfile
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,10 +36,12 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long comment
 # ------------------------------------------------------------------ folders
 
 class ImageFolder:
-    """The images under `root`, sorted: `files` [n], `labels` [n], `classes`. A folder a class, or no folders.
+    """The images under `root`, by class and name: `files` [n], `labels` [n], `classes`.
 
-    Every suffix that Pillow reads counts, and links are followed. Names that begin with a dot and NO_CLASSES
-    are left out; a line on stderr counts other files. `option` is what messages call the folder.
+    `root` holds a folder a class, or images alone, or WebDataset's tars, see `read_tar`. Classes are sorted
+    by name, and by value where the name is a number. Every suffix that Pillow reads counts, and links are
+    followed. Names that begin with a dot and NO_CLASSES are left out; a line on stderr counts other files.
+    `option` is what messages call the folder.
     """
 
     def __init__(self, root, option="--data"):
@@ -41,27 +49,35 @@ class ImageFolder:
         require(root.is_dir(), f"there is no image folder {root}: name one with {option}")
         suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
         folders = sorted(d for d in root.iterdir() if d.is_dir() and not hidden(d.name))
-        loose = [p.name for p in root.iterdir()
-                 if p.is_file() and not hidden(p.name) and p.suffix.lower() in suffixes]
-        if folders and loose:
-            raise ValueError(f"{root} holds images ({loose[0]}) and the folder {folders[0].name}: it takes "
-                             "one folder a class, or images alone; move one away, or name another with "
-                             f"{option}")
+        names = [p.name for p in root.iterdir() if p.is_file() and not hidden(p.name)]
+        loose = [name for name in names if os.path.splitext(name)[1].lower() in suffixes]
+        tars = sorted(name for name in names if name.endswith(TARS))
+
+        kinds = {"images ({})": loose, "the folder {}": [d.name for d in folders], "the tar {}": tars}
+        there = [kind.format(some[0]) for kind, some in kinds.items() if some]
+        require(len(there) < 2,
+                f"{root} holds {' and '.join(there)}: it takes one folder a class, or images alone, or tars "
+                f"alone; move one away, or name another with {option}")
 
         self.folders = folders or [root]
-        self.classes = [folder.name for folder in self.folders]
-        self.files, self.labels, left_out = [], [], Counter()
-        for label, folder in enumerate(self.folders):
-            images = []
-            for path in sorted(walk(folder)):
-                suffix = os.path.splitext(path)[1]
-                if suffix.lower() in suffixes:
-                    images.append(path)
-                else:
-                    left_out[suffix or "without a suffix"] += 1
-            require(images, f"{folder} holds no images: fill it or remove it, or name another with {option}")
-            self.files += images
-            self.labels += [label] * len(images)
+        files = ((folder.name, path) for folder in self.folders for path in sorted(walk(folder)))
+        images, left_out = defaultdict(list), Counter()
+        for name, path in list_tars(root, tars) if tars else files:
+            suffix = os.path.splitext(path)[1]
+            if suffix.lower() in suffixes:
+                images[name].append(path)
+            else:
+                left_out[suffix or "without a suffix"] += 1
+        for folder in self.folders:
+            require(images if tars else folder.name in images,
+                    f"{folder} holds no images: fill it or remove it, or name another with {option}")
+        if len(images) > 1 and "" in images:
+            raise ValueError(f"{images[''][0]} has no label, and other images have one: give one to all of "
+                             "them, or to none")
+
+        self.classes = sorted(images, key=lambda name: (int(name) if name.isdecimal() else math.inf, name))
+        self.files = [path for name in self.classes for path in images[name]]
+        self.labels = [label for label, name in enumerate(self.classes) for _ in images[name]]
         if left_out and os.environ.get("RANK", "0") == "0":
             counts = ", ".join(f"{n} {suffix}" for suffix, n in left_out.most_common())
             print(f"{root}: left out, since they are no images: {counts}", file=sys.stderr)
@@ -97,16 +113,97 @@ def refuse_output_inside(out, folder):
                 f"the output {out} lies inside the images of {root} and would become one: give another --out")
 
 
+# ------------------------------------------------------------------ tars
+
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")       # all but the first are refused
+
+
+class Member(NamedTuple):
+    """A file in a tar: `size` bytes from `offset` on. Its path is the one that it would have in a folder."""
+    name: str
+    tar: str
+    offset: int
+    size: int
+
+    def __str__(self):
+        return f"{self.tar}/{self.name}"
+
+    __fspath__ = __str__
+
+    def open(self):
+        with open(self.tar, "rb") as file:
+            file.seek(self.offset)
+            return io.BytesIO(file.read(self.size))
+
+
+def list_tars(root, tars):
+    """Yields (class, Member) of the files in the tars of `root`, sorted by name. Without a label it is "".
+
+    Reading all headers takes minutes: root/.index.json keeps them until a tar's name, size or time changes.
+    """
+    index, paths = root / ".index.json", [f"{root}/{tar}" for tar in tars]
+    state = [[tar, os.stat(path).st_size, os.stat(path).st_mtime_ns] for tar, path in zip(tars, paths)]
+    try:
+        indexed, members = json.loads(index.read_bytes())
+    except (OSError, ValueError):
+        indexed = None
+    if indexed != state:
+        first = os.environ.get("RANK", "0") == "0"
+        bar = tqdm(paths, f"index of {root}", unit="tar", delay=1, disable=not first)
+        members = sorted((name, i, *rest) for i, path in enumerate(bar) for name, *rest in read_tar(path))
+        try:
+            if first:
+                write(index, lambda file: file.write(json.dumps([state, members]).encode()))
+        except OSError as error:        # others may own the folder, and all works without an index
+            print(f"{index} cannot be kept ({error.strerror}), and each start reads all tars: name a folder "
+                  "of your own with links to them", file=sys.stderr)
+    for name, i, offset, size, label in members:
+        yield label, Member(name, paths[i], offset, size)
+
+
+def read_tar(path):
+    """[(name, offset, size, class)] of the files in a tar. NAME.jpg has its class in NAME.cls or NAME.json.
+
+    NAME.cls is a number or a name, NAME.json has it as "label" or "cls"; without either it is "". Raises
+    ValueError, with the member at fault, for a tar that is damaged, cut short or compressed, or holds links.
+    """
+    files, labels, last = [], {}, "its start"
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                last, name = member.name, posixpath.normpath(member.name)
+                if member.isdir() or any(map(hidden, name.split("/"))):
+                    continue
+                require(member.isfile(), "it is a link")
+                stem, suffix = os.path.splitext(name)
+                if suffix == ".cls":
+                    labels[stem] = tar.extractfile(member).read().decode().strip()
+                elif suffix == ".json":
+                    about = json.loads(tar.extractfile(member).read())
+                    label = about.get("label", about.get("cls")) if isinstance(about, dict) else None
+                    labels.setdefault(stem, "" if label is None else str(label))
+                else:
+                    files.append((name, member.offset_data, member.size))
+            # tarfile takes a header that it cannot read for the end, which is a block of zeros.
+            tar.fileobj.seek(tar.offset)
+            require(tar.fileobj.read(512) == bytes(512), "no header follows")
+    except (tarfile.TarError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read from {last} on ({error}): pack it again, not compressed "
+                         "and without links") from error
+    return [(*file, labels.get(os.path.splitext(file[0])[0], "")) for file in files]
+
+
 # ------------------------------------------------------------------ one image
 
 def load_image(path, at_least=None):
     """The image at `path` as PIL RGB, upright (EXIF), 16 bits scaled to 8, the first frame of an animation.
 
+    path: of a file, or a Member.
     at_least: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where each side still has so many pixels.
     Raises ValueError when the pixels cannot be read.
     """
     try:
-        with Image.open(path) as im:
+        with Image.open(path.open() if isinstance(path, Member) else path) as im:
             if at_least:
                 im.draft("RGB", (at_least, at_least))           # leaves all but JPEGs as they are
             im.load()

@@ -554,8 +554,8 @@ def over_ranks(t):
 
 
 def identity(path):
-    """What tells whether a file has changed: path, size and time."""
-    stat = os.stat(path)
+    """What tells whether a file has changed: path, size and time; of a Member, its tar's."""
+    stat = os.stat(getattr(path, "tar", path))
     return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
 
 

@@ -446,7 +446,7 @@ def options(argv=None):
     add("--stage", type=int, choices=(1, 2), required=True, help="1: on a frozen encoder; 2: all is trained")
     add("--reg", type=float, default=100.0, help="weight of the teacher MSE (stage 2): more probe, less PSNR")
 
-    add("--data", default="data/imagenet/train", help="folder of images, one folder a class or flat")
+    add("--data", default="data/imagenet/train", help="folder of images: a folder a class, flat, or tars")
     add("--encoder", default="weights/dinov3-hplus.safetensors", help="DINOv3: start and teacher")
     add("--init", default="runs/stage1/last.pt", help="stage 2 starts from this checkpoint's EMA")
     add("--out", help="output folder; default runs/stage1 or runs/stage2-reg<reg>")

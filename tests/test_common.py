@@ -1,8 +1,11 @@
 """What train.py and eval.py share: which files are images, which pixels they hold, and what is refused."""
+import gzip
 import io
+import json
 import os
 import subprocess
 import sys
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -100,6 +103,173 @@ def test_a_run_inside_its_images_is_refused_before_anything_is_written(photos):
     with pytest.raises(ValueError, match="lies inside the images of"):
         train.main(words)
     assert not (photos / "run").exists()
+
+
+# ------------------------------------------------------------------ tars
+
+def pack(folder, out, label=("cls", "{}"), tars=2):
+    """Class folders of PNGs as WebDataset's tars, in no order: NAME.png and NAME.cls or NAME.json."""
+    paths = np.random.default_rng(0).permutation(sorted(folder.rglob("*.png")))
+    out.mkdir(parents=True)
+    for i in range(tars):
+        with tarfile.open(out / f"{i}.tar", "w") as tar:
+            for path in paths[i::tars]:
+                name = path.relative_to(folder)
+                add(tar, str(name), path.read_bytes())
+                add(tar, str(name.with_suffix("." + label[0])), label[1].format(name.parent).encode())
+    return out
+
+
+def add(tar, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def tars(photos, tmp_path):
+    return pack(photos, tmp_path / "tars")
+
+
+def assert_same_images(tars, folder, labels=True):
+    got, oracle = common.ImageFolder(tars), common.ImageFolder(folder)
+    assert [file.name for file in got.files] == [str(Path(file).relative_to(folder)) for file in oracle.files]
+    for ours, theirs in zip(got.files, oracle.files):
+        assert np.array_equal(np.asarray(common.load_image(ours)), np.asarray(common.load_image(theirs)))
+    assert not labels or (got.labels, got.classes) == (oracle.labels, oracle.classes)
+
+
+@pytest.mark.parametrize("label", [("cls", "{}"), ("cls", " {}\n"), ("json", '{{"label": {}, "cls": 0}}'),
+                                   ("json", '{{"caption": "a dog", "cls": "{}"}}')])
+def test_tars_are_read_as_the_same_images_in_class_folders(label, photos, tmp_path):
+    for old, new in ("cats", "2"), ("dogs", "10"):          # numbers, which are sorted by value in both
+        (photos / old).rename(photos / new)
+    assert_same_images(pack(photos, tmp_path / "tars", label), photos)
+    assert common.ImageFolder(photos).classes == ["2", "10"]
+
+
+@pytest.mark.parametrize("style", ["gnu", "pax"])
+def test_tars_of_the_tar_command_without_labels_are_images_without_classes(style, photos, tmp_path):
+    (photos / "cats/5.png").rename(photos / "cats" / ("long " * 30 + "ä.v2.png"))
+    for hidden in "cats/._0.png", "__MACOSX/0.png":
+        (photos / hidden).parent.mkdir(exist_ok=True)
+        (photos / hidden).write_bytes(b"no image")
+    (tmp_path / "tars").mkdir()
+    words = ["tar", f"--format={style}", "-cf", tmp_path / "tars/0.tar", "-C", photos, "."]
+    subprocess.run(words, check=True)
+    assert_same_images(tmp_path / "tars", photos, labels=False)
+    assert set(common.ImageFolder(tmp_path / "tars").labels) == {0}
+
+
+@pytest.mark.parametrize("about", ['["a list"]', '{{"label": null}}', '{{"caption": "{}"}}'])
+def test_a_json_without_a_label_is_no_label(about, photos, tmp_path):
+    assert common.ImageFolder(pack(photos, tmp_path / "tars", ("json", about))).classes == [""]
+
+
+def test_the_path_of_a_member_is_the_one_in_a_folder(tars):
+    file = common.ImageFolder(tars).files[0]
+    assert Path(file).relative_to(tars).parts[1:] == ("cats", "0.png") and str(file) == str(Path(file))
+
+
+def test_the_index_of_tars_is_made_once_and_anew_when_a_tar_has_changed(photos, tars, monkeypatch):
+    first = common.ImageFolder(tars)
+    assert {path.name for path in tars.iterdir()} == {"0.tar", "1.tar", ".index.json"}
+    read = []
+    monkeypatch.setattr(common, "read_tar", lambda path, f=common.read_tar: read.append(path) or f(path))
+    again = common.ImageFolder(tars)
+    assert not read and (again.files, again.labels) == (first.files, first.labels)
+    with tarfile.open(tars / "1.tar", "a") as tar:
+        tar.add(photos / "cats/0.png", "cats/6.png")
+        add(tar, "cats/6.cls", b"cats")
+    assert len(common.ImageFolder(tars)) == 13 and len(read) == 2
+    (tars / ".index.json").write_text('[[["0.tar"')             # as two jobs that start at once may leave it
+    assert len(common.ImageFolder(tars)) == 13 and len(read) == 4
+    (tars / ".index.json").unlink()
+    monkeypatch.setenv("RANK", "1")
+    assert len(common.ImageFolder(tars)) == 13 and not (tars / ".index.json").exists()
+
+
+def test_tars_in_a_folder_that_cannot_be_written_are_read_each_time(tars, monkeypatch, capsys):
+    def refuse(path, save):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(common, "write", refuse)
+    assert len(common.ImageFolder(tars)) == 12
+    said = capsys.readouterr().err
+    assert ".index.json cannot be kept (Permission denied), and each start reads all tars: name" in said
+
+
+def test_a_tar_that_is_cut_short_anywhere_is_refused(tars):
+    whole = (tars / "0.tar").read_bytes()
+    with tarfile.open(tars / "0.tar") as tar:
+        last = tar.getmembers()[-1]
+    end = last.offset_data + 512                                # behind it, all is zeros
+    for size in [*range(0, end, 512), *range(100, end, 512)]:
+        (tars / "0.tar").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"0.tar cannot be read from .* on \(.*\): pack it again"):
+            common.ImageFolder(tars)
+    with pytest.raises(ValueError, match=f"0.tar cannot be read from {last.name} on"):
+        common.read_tar(tars / "0.tar")
+
+
+def test_a_tar_with_a_damaged_header_is_refused_by_the_member_before_it(tars):
+    with tarfile.open(tars / "0.tar") as tar:
+        before, damaged = tar.getmembers()[3:5]
+    with open(tars / "0.tar", "r+b") as file:
+        file.seek(damaged.offset)
+        file.write(b"?")
+    with pytest.raises(ValueError, match=f"0.tar cannot be read from {before.name} on .no header follows"):
+        common.ImageFolder(tars)
+
+
+def test_a_damaged_image_in_a_tar_is_named_with_its_tar(tars):
+    file = common.ImageFolder(tars).files[0]
+    with open(file.tar, "r+b") as tar:
+        tar.seek(file.offset)
+        tar.write(b"no png")
+    with pytest.raises(ValueError, match=r"tars/[01].tar/cats/0.png cannot be read as an image"):
+        common.load_image(file)
+
+
+def spoil(tars, how):
+    if how == "compressed":
+        (tars / "1.tar.gz").write_bytes(gzip.compress((tars / "1.tar").read_bytes()))
+        (tars / "1.tar").unlink()
+    elif how == "link":
+        (tars / "x.png").symlink_to("elsewhere.png")
+        with tarfile.open(tars / "0.tar", "a") as tar:
+            tar.add(tars / "x.png", "x.png")
+        (tars / "x.png").unlink()
+    else:
+        with tarfile.open(tars / "0.tar", "a") as tar:
+            add(tar, *{"bare": ("x.png", b"?"), "json": ("x.json", b"{"), "cls": ("x.cls", b"\xff")}[how])
+
+
+@pytest.mark.parametrize("how, sentence", [
+    ("compressed", "1.tar.gz cannot be read from its start on .*: pack it again, not compressed"),
+    ("link", "0.tar cannot be read from x.png on .it is a link.: pack it again, .*without links"),
+    ("bare", "0.tar/x.png has no label, and other images have one: give one to all"),
+    ("json", "0.tar cannot be read from x.json on .Expecting property name"),
+    ("cls", "0.tar cannot be read from x.cls on .*codec can't decode"),
+])
+def test_tars_that_cannot_be_used_are_refused_in_a_sentence(how, sentence, tars):
+    spoil(tars, how)
+    with pytest.raises(ValueError, match=sentence) as refusal:
+        common.ImageFolder(tars)
+    assert "\n" not in str(refusal.value)
+
+
+def test_tars_without_images_and_tars_beside_images_or_folders_are_refused(photos, tars, tmp_path):
+    with pytest.raises(ValueError, match="empty holds no images: .* name another with --encode"):
+        (tmp_path / "none").mkdir()
+        common.ImageFolder(pack(tmp_path / "none", tmp_path / "empty"), option="--encode")
+    (photos / "cats").rename(tars / "cats")
+    with pytest.raises(ValueError, match="tars holds the folder cats and the tar 0.tar: it takes"):
+        common.ImageFolder(tars)
+    (tars / "cats/0.png").rename(tars / "0.png")
+    (tars / "cats").rename(tmp_path / "cats")
+    with pytest.raises(ValueError, match=r"tars holds images \(0.png\) and the tar 0.tar: it takes"):
+        common.ImageFolder(tars)
 
 
 # ------------------------------------------------------------------ pixels that decode are used

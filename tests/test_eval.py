@@ -31,6 +31,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 import eval as E
 from common import ImageFolder, center_crop
 from sae import CHECKPOINT_VERSION, SAE, DINOv3, DINOv3Config, SAEConfig
+from test_common import pack
 
 ROOT = Path(E.__file__).parent
 FAST = ["--size", "32", "--workers", "0", "--batch", "5"]
@@ -381,6 +382,15 @@ def test_the_linear_probe_on_real_photos_is_within_a_point_of_sklearns_logistic_
 
 def probing(halves):
     return ["--data", halves / "val", "--train", halves / "train", "--skip", "fid,lpips"]
+
+
+def test_scores_and_probe_on_tars_are_those_on_class_folders(halves, checkpoint, tmp_path):
+    for part in "train", "val":
+        pack(halves / part, tmp_path / "tars" / part)
+    words = ["--probe", "cached", "--probe-iterations", 5, *FAST, "--out", tmp_path / "a.json"]
+    ours, oracle = (run(checkpoint, *probing(root), *words) for root in (tmp_path / "tars", halves))
+    ours["protocol"]["images"] = oracle["protocol"]["images"]           # they name the folder
+    assert ours == oracle and len(list(tmp_path.glob("features-*.npy"))) == 2
 
 
 @pytest.mark.parametrize("kind", ["full", "cached"])

@@ -19,6 +19,7 @@ import common
 import sae
 import train
 from sae import SAE, DINOv3, DINOv3Config, SAEConfig
+from test_common import pack
 
 ROOT = Path(__file__).parent.parent
 
@@ -446,6 +447,17 @@ def test_every_epoch_shows_every_image_once_and_ranks_share_it(world):
     assert all(sorted(flat[e:e + 24]) == list(range(24)) for e in range(0, 96, 24))
     assert flat[:24] != flat[24:48]
     assert [a + b for a, b in zip(seen(0, 2), seen(1, 2))] == alone
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_on_tars_has_the_bits_of_a_run_on_class_folders(workers, world, stage1, tmp_path):
+    tars = pack(world / "images", tmp_path / "tars")
+    change = {"data": tars, "workers": workers, "warmup": 0, "min_lr": 1e-3}
+    run(world, tmp_path / "r", **change, steps=3)
+    run(world, tmp_path / "r", **change, steps=8, resume=True)
+    run(world, tmp_path / "folders", **change | {"data": world / "images"}, steps=8)
+    ours, oracle = (train.load_checkpoint(tmp_path / name / "last.pt") for name in ("r", "folders"))
+    assert all(equal(ours[k], oracle[k]) for k in ours if k != "args")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "I;16", "1", "LA"])
