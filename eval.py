@@ -40,7 +40,8 @@ from tqdm import tqdm
 
 from common import (LPIPS, Help, ImageFolder, center_crop, check_launcher, command, load_image, psnr,
                     refuse_output_inside, save_grid, to_float, to_uint8)
-from sae import SAE, Posterior, load_safetensors, load_tensors, require, save_safetensors, write
+from sae import SAE, Posterior
+from sae_weights import load_safetensors, load_tensors, require, save_safetensors, write
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
 

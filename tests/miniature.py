@@ -27,7 +27,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from common import ImageFolder, center_crop, load_image  # noqa: E402
-from sae import SAE, DINOv3, DINOv3Config, save_safetensors  # noqa: E402
+from sae import SAE, DINOv3, DINOv3Config  # noqa: E402
+from sae_weights import save_safetensors  # noqa: E402
 
 # ------------------------------------------------------------------ images
 # The shape is the class, all else is nuisance.

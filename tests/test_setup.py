@@ -162,7 +162,7 @@ def test_the_program_imports_run_time_packages_alone(name):
     tree = ast.parse((ROOT / name).read_text())
     imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-    ours = {"sae", "common", "train", "eval"}
+    ours = {"sae", "sae_weights", "common", "train", "eval"}
     foreign = {module.split(".")[0] for module in imported} - set(sys.stdlib_module_names) - ours
     assert foreign <= RUN_TIME
 
