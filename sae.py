@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from sae_weights import config_of_dinov3, load_checkpoint, load_tensors, rename_dinov3, require
+from sae_weights import assign, config_of_dinov3, export, load_sae, load_tensors, rename_dinov3, require
 
 # ------------------------------------------------------------------ ops
 # Each op has one public function and a readable reference beside it. csrc/ holds the same ops in C++ and CUDA
@@ -449,18 +449,10 @@ class DINOv3(nn.Module):
         cfg = config_of_dinov3(tensors, path, DINOv3Config)
         with torch.device("meta"):
             model = cls(cfg)
-        expected = {n: p.shape for n, p in model.state_dict().items()}
-        wrong = [f"missing {n}" for n in expected if n not in tensors]
-        wrong += [f"left over {n}" for n in tensors if n not in expected]
-        wrong += [f"{n} is {list(t.shape)}, not {list(expected[n])}"
-                  for n, t in tensors.items() if t.shape != expected.get(n, t.shape)]
-        more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        require(not wrong, f"{path} is not a DINOv3 ViT of width {cfg.width} and depth {cfg.depth}: "
-                           f"{'; '.join(wrong[:10])}{more}")
+        assign(model, tensors, f"{path} is not a DINOv3 ViT of width {cfg.width} and depth {cfg.depth}")
         for n, t in tensors.items():            # where any value is not finite, the least or largest is not
             require(not t.numel() or all(x.isfinite() for x in t.aminmax()),
                     f"{path} holds NaN or infinity in {n}: fetch or train it again")
-        model.load_state_dict(tensors, assign=True)
         return model.eval()
 
 
@@ -655,9 +647,27 @@ class SAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path):
-        """The EMA weights of a checkpoint of train.py, fp32, in eval mode, frozen."""
-        ckpt = load_checkpoint(path)
-        with torch.device("meta"):
-            sae = cls(SAEConfig.from_dict(ckpt["config"]))
-        sae.load_state_dict(ckpt["ema"], assign=True)
+        """The model at `path`, in fp32, in eval mode and frozen.
+
+        path: a checkpoint of train.py, whose EMA weights count, a folder of `save_pretrained`, or, where
+        huggingface_hub is installed, owner/name of such a folder on the hub. ValueError, one sentence, for
+        anything else.
+        """
+        config, tensors = load_sae(path)
+        try:
+            with torch.device("meta"):
+                sae = cls(SAEConfig.from_dict(config))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} has no configuration of an S-AE: {error}") from error
+        assign(sae, tensors, f"{path} holds other weights than its configuration describes")
         return sae.eval().requires_grad_(False)
+
+    def save_pretrained(self, folder, dtype=None, scores=None):
+        """Write the model into the new folder `folder`, from which `from_pretrained` reads it, to publish it.
+
+        config.json, model.safetensors (the weights in `dtype`, their own by default), a model card README.md
+        with `scores`, a row of eval.py, and encoder/, which transformers.AutoModel and AutoImageProcessor
+        read. A model without latent statistics, as before its run has ended, can be written, too: the card
+        says so. Whole or not at all. ValueError for a folder that holds anything already.
+        """
+        export(self.state_dict(), asdict(self.config), folder, dtype, scores or {})

@@ -1,4 +1,4 @@
-"""The files of weights: safetensors, DINOv3 in all its namings, checkpoints.
+"""The files of weights: checkpoints, models to publish, DINOv3 in all its namings, safetensors.
 
 Every reader gives what it promises or raises ValueError with one sentence that names the file. Nothing here
 imports sae.py, which imports this.
@@ -8,6 +8,7 @@ import math
 import mmap
 import os
 import re
+import shutil
 import zipfile
 from itertools import accumulate
 from operator import mul
@@ -36,6 +37,134 @@ def load_checkpoint(path):
     return ckpt
 
 
+def assign(model, tensors, refusal):
+    """Make `tensors`, by name and uncopied, the state of `model`. ValueError unless they are the ones it has:
+    `refusal` and what differs."""
+    expected = {n: p.shape for n, p in model.state_dict().items()}
+    wrong = [f"missing {n}" for n in expected if n not in tensors]
+    wrong += [f"left over {n}" for n in tensors if n not in expected]
+    wrong += [f"{n} is {list(t.shape)}, not {list(expected[n])}"
+              for n, t in tensors.items() if t.shape != expected.get(n, t.shape)]
+    more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+    require(not wrong, f"{refusal}: {'; '.join(wrong[:10])}{more}")
+    model.load_state_dict(tensors, assign=True)
+
+
+# ------------------------------------------------------------------ models to publish
+
+EXPORT_VERSION = 1
+LICENCE = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
+CARD = """---
+license: other
+license_name: dinov3-license
+license_link: {licence}
+---
+# S-AE, a Semantic Auto-encoder
+
+Built with DINOv3. One latent space for understanding and generation: a DINOv3 ViT of width {width} and depth
+{depth}, a Gaussian latent of {z_dim} channels for {f} x {f} pixels, and a CNN decoder.
+
+```python
+from sae import SAE                     # sae.py needs sae_weights.py, torch and numpy, and nothing else
+
+sae = SAE.from_pretrained("{name}")     # this folder, or owner/name on the hub
+z = sae.encode(x).sample(seed=0)        # x [B,3,H,W] in [-1,1], H and W multiples of {f}
+xhat = sae.decode(z)
+```
+
+{statistics}
+
+The encoder alone, for understanding (on the hub: "owner/name" and `subfolder="encoder"`):
+
+```python
+from transformers import AutoImageProcessor, AutoModel
+
+processor = AutoImageProcessor.from_pretrained("{name}/encoder")
+encoder = AutoModel.from_pretrained("{name}/encoder")
+tokens = encoder(**processor(image, return_tensors="pt")).last_hidden_state
+```
+
+{scores}## Licence
+
+These weights derive from DINOv3's: [its licence]({licence})
+applies to them, and a copy of it must go with them.
+"""
+
+
+def load_sae(path):
+    """(sae.SAEConfig as a dict, {name: fp32 tensor}) of what sae.SAE.from_pretrained takes."""
+    if not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.pt)", str(path)):
+        path = download(path)
+    if not Path(path).is_dir():
+        ckpt = load_checkpoint(path)
+        return ckpt["config"], ckpt["ema"]
+    file = Path(path, "config.json")
+    about = read_json(file) if file.exists() else {}
+    require(about.get("model_type") == "sae" and about.get("version") == EXPORT_VERSION,
+            f"{path} is no folder of SAE.save_pretrained, version {EXPORT_VERSION}: its config.json says so")
+    return about.get("config"), {name: t.float() for name, t in load_tensors(path).items()}
+
+
+def download(name):
+    """The folder in the hub's cache that holds the S-AE of `name`, owner/name."""
+    try:
+        from huggingface_hub import snapshot_download
+        return snapshot_download(name, allow_patterns=["config.json", "model.safetensors"])
+    except ImportError as error:
+        raise ValueError(f"there is no file or folder {name}, and to look on the hub this needs "
+                         "`pip install huggingface_hub`") from error
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"there is no file or folder {name}, and the hub gives none: {reason}") from error
+
+
+def export(weights, config, folder, dtype, scores):
+    """The folder that sae.SAE.save_pretrained promises: `weights` by name, `config` of sae.SAEConfig."""
+    folder, part = Path(folder), Path(f"{folder}.tmp")
+    require(not folder.exists() or folder.is_dir() and not any(folder.iterdir()),
+            f"{folder} holds something already: name a new folder, or remove what is there")
+    # The statistics of the latent stay as they are: they are few, and what normalize gives depends on them.
+    weights = {name: t if dtype is None or name.startswith("latent_") else t.to(dtype)
+               for name, t in weights.items()}
+    encoder = {name.removeprefix("encoder."): t for name, t in weights.items() if name.startswith("encoder.")}
+
+    def write_json(name, content):
+        write(part / name, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
+
+    try:
+        shutil.rmtree(part, ignore_errors=True)         # of an export that was killed
+        Path(part, "encoder").mkdir(parents=True)
+        write_json("config.json", {"model_type": "sae", "version": EXPORT_VERSION, "config": config})
+        save_safetensors(weights, part / "model.safetensors")
+        card = model_card(config, folder.name, weights, scores)
+        write(part / "README.md", lambda file: file.write(card.encode()))
+
+        about, images = hugging_face_config(config["encoder"], encoder)
+        write_json("encoder/config.json", about)
+        write_json("encoder/preprocessor_config.json", images)
+        save_safetensors(hugging_face_names(encoder), part / "encoder/model.safetensors", {"format": "pt"})
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def model_card(config, name, weights, scores):
+    """README.md of an exported model in the folder `name`; `scores` is a row of eval.py, or {}."""
+    if weights["latent_mean"].isfinite().all():
+        statistics = "A diffusion model is trained on `sae.normalize(z)`; `sae.denormalize` is the way back."
+    else:
+        statistics = "The training had not ended: `sae.normalize` has no statistics of the latent to go by."
+    columns = {key: scores.get(key) for key in ("images", "psnr", "ssim", "lpips", "rfid")}
+    columns |= {f"probe {kind}": right for kind, right in scores.get("probe", {}).items()}
+    table = [f"| {key} | {value:.6g} |" for key, value in columns.items() if value is not None]
+    protocol = [f"- {key}: {line}" for key, line in scores.get("protocol", {}).items()]
+    lines = ["## Scores", "", "| of the checkpoint, in fp32 | |", "|---|---|", *table, "", *protocol, "", ""]
+    return CARD.format(**config["encoder"], z_dim=config["z_dim"], f=config["f"], name=name,
+                       statistics=statistics, scores="\n".join(lines if scores else []), licence=LICENCE)
+
+
+# ------------------------------------------------------------------ DINOv3
+
 # Hugging Face's, timm's and Meta's names -> ours, applied in turn.
 RENAMES = [(re.compile(a), b) for a, b in [
     (r"^embeddings\.", ""), (r"^(model\.)?layer\.", "blocks."), (r"\.(attention|attn)\.", "."),
@@ -46,6 +175,12 @@ RENAMES = [(re.compile(a), b) for a, b in [
     (r"\.mlp\.(gate_proj|fc1_g|w1)\.", ".mlp.gate."), (r"\.mlp\.(up_proj|fc1_x|fc1|w2)\.", ".mlp.up."),
     (r"\.mlp\.(down_proj|fc2|w3)\.", ".mlp.down."),
 ]]
+TO_HUGGING_FACE = [                     # ours -> Hugging Face's
+    (r"^cls_token", "embeddings.cls_token"), (r"^registers", "embeddings.register_tokens"),
+    (r"^patch_embed\.", "embeddings.patch_embeddings."), (r"^blocks\.", "layer."),
+    (r"\.proj\.", ".attention.o_proj."), (r"\.([qv])_bias$", r".attention.\1_proj.bias"),
+    (r"\.ls([12])$", r".layer_scale\1.lambda1"), (r"\.mlp\.(gate|up|down)\.", r".mlp.\1_proj."),
+]
 WRAPPERS = ("module.", "_orig_mod.", "backbone.", "teacher.")      # dropped where all names begin so
 PRETRAINING_ONLY = re.compile(r"^(mask_token|local_cls_norm\..*)$")
 
@@ -121,6 +256,34 @@ def settings_beside(folder):
         if value is not None:
             settings[name] = value
     return settings
+
+
+def hugging_face_names(tensors):
+    """The tensors of a DINOv3 of ours under the names that Hugging Face gives its own files."""
+    theirs = {"embeddings.mask_token": torch.zeros_like(tensors["cls_token"])}      # not ours, but expected
+    for name, t in tensors.items():
+        for pattern, replacement in TO_HUGGING_FACE:
+            name = re.sub(pattern, replacement, name)
+        if name.endswith(".qkv.weight"):
+            for c, part in zip("qkv", t.chunk(3)):
+                theirs[name.replace("qkv", f"attention.{c}_proj")] = part
+        else:
+            theirs[name] = t
+    return theirs
+
+
+def hugging_face_config(cfg, tensors):
+    """config.json and preprocessor_config.json of a DINOv3; `cfg` has the fields of sae.DINOv3Config."""
+    ours = cfg | {"heads": cfg["width"] // cfg["head_dim"]}
+    config = {"architectures": ["DINOv3ViTModel"], "model_type": "dinov3_vit", "patch_size": 16,
+              "query_bias": cfg["qkv_bias"], "key_bias": False, "value_bias": cfg["qkv_bias"],
+              "dtype": str(tensors["cls_token"].dtype).removeprefix("torch."),
+              **{key: ours[name] for key, name in CONFIG_KEYS.items()}}
+    images = {"image_processor_type": "DINOv3ViTImageProcessorFast",
+              "image_mean": cfg["mean"], "image_std": cfg["std"],
+              "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+              "do_resize": True, "resample": 2, "size": {"height": 256, "width": 256}}     # the paper's
+    return config, images
 
 
 def config_of_dinov3(tensors, path, Config):
@@ -225,6 +388,8 @@ def refuse_text(path):
     require(not start.startswith((b"<!doctype", b"<html", b"<?xml")),
             f"{path} is a web page, not weights: its address may ask for a login or a licence")
 
+
+# ------------------------------------------------------------------ safetensors
 
 # A safetensors file: the header's length (8 bytes, little-endian), the header (JSON: name -> dtype, shape,
 # data_offsets), the data without gaps.

@@ -579,8 +579,8 @@ sae_weights.load_safetensors(sys.argv[1])["x"].sum()
 
 
 def save_checkpoint(model, path):
-    ckpt = {"version": sae_weights.CHECKPOINT_VERSION, "config": asdict(model.config), "ema": model.state_dict()}
-    torch.save(ckpt, path)
+    torch.save({"version": sae_weights.CHECKPOINT_VERSION, "config": asdict(model.config),
+                "ema": model.state_dict()}, path)
 
 
 def test_a_checkpoint_gives_back_its_ema(tiny, tmp_path):
