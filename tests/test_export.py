@@ -48,6 +48,13 @@ def exported(small, tmp_path_factory):
     return folder
 
 
+def save_checkpoint(sae, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"version": sae_weights.CHECKPOINT_VERSION, "config": asdict(sae.config),
+                "ema": sae.state_dict()}, path)
+    return path
+
+
 def picture():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8))
 
@@ -234,15 +241,13 @@ def test_a_hub_that_cannot_be_reached_ends_in_one_sentence(monkeypatch):
 
 @pytest.fixture
 def checkpoint(small, tmp_path):
-    torch.save({"version": sae_weights.CHECKPOINT_VERSION, "config": asdict(small.config),
-                "ema": small.state_dict()}, tmp_path / "last.pt")
-    return tmp_path / "last.pt"
+    return save_checkpoint(small, tmp_path / "last.pt")
 
 
 def test_a_checkpoint_is_exported_with_its_scores(checkpoint, tmp_path, small):
     (tmp_path / "images").mkdir()
     picture().save(tmp_path / "images" / "0.png")
-    score = ["--data", str(tmp_path / "images"), "--skip", "fid,lpips,probe", "--size", "64", "--workers", "0"]
+    score = "--skip fid,lpips,probe --size 64 --workers 0 --data".split() + [str(tmp_path / "images")]
     E.main([str(checkpoint), *score])
     E.main([str(checkpoint), "--export", str(tmp_path / "model"), "--dtype", "bf16"])
     row = json.loads((tmp_path / "last.eval.json").read_text())
@@ -260,3 +265,17 @@ def test_scores_of_an_earlier_checkpoint_are_left_out_and_it_says_so(checkpoint,
     E.main([str(checkpoint), "--export", str(tmp_path / "model")])
     assert "the card has no scores" in capsys.readouterr().out
     assert "psnr" not in (tmp_path / "model" / "README.md").read_text()
+
+
+# ------------------------------------------------------------------ the README
+
+def test_the_python_of_the_readme_runs(small, exported, tmp_path, monkeypatch):
+    """In a folder with the files that it names; a block may use what the ones before it have made."""
+    save_checkpoint(small, tmp_path / "runs" / "stage2-reg100" / "last.pt")
+    shutil.copytree(exported, tmp_path / "s-ae")
+    picture().save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        exec(block, names)
+    assert names["xhat"].shape == names["x"].shape
