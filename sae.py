@@ -7,6 +7,7 @@
     z = sae.encode(x).mode()                                  # or .sample(seed)
     xhat = sae.decode(z)
     y = sae.normalize(z)                                      # what a diffusion model is trained on
+    sae.save_pretrained("s-ae")                               # a folder to publish; from_pretrained reads it
 
 Images are in [-1, 1] at every boundary of this file. "Reading:" marks a choice of ours where the paper is
 silent. Letters: B batch, N tokens, D width, H and W pixels (or H heads, next to N), h and w the grid of

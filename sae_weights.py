@@ -38,8 +38,10 @@ def load_checkpoint(path):
 
 
 def assign(model, tensors, refusal):
-    """Make `tensors`, by name and uncopied, the state of `model`. ValueError unless they are the ones it has:
-    `refusal` and what differs."""
+    """Make `tensors`, uncopied, the state of `model`.
+
+    ValueError unless they have the names and shapes that it expects: `refusal`, and what differs.
+    """
     expected = {n: p.shape for n, p in model.state_dict().items()}
     wrong = [f"missing {n}" for n in expected if n not in tensors]
     wrong += [f"left over {n}" for n in tensors if n not in expected]
@@ -93,6 +95,7 @@ applies to them, and a copy of it must go with them.
 
 def load_sae(path):
     """(sae.SAEConfig as a dict, {name: fp32 tensor}) of what sae.SAE.from_pretrained takes."""
+    # owner/name, but not the runs/last.pt that is not there
     if not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.pt)", str(path)):
         path = download(path)
     if not Path(path).is_dir():
