@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sae import load_tensors, require, write
+from sae_weights import load_tensors, require, write
 
 NO_CLASSES = ("lost+found", "@eaDir", "__MACOSX")               # what file systems and archives leave behind
 TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()

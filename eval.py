@@ -5,9 +5,10 @@
     torchrun --nproc_per_node 8 eval.py last.pt                      # the same numbers from 8 GPUs
     python eval.py last.pt --encode DIR --out latents.safetensors    # for diffusion training; --decode back
     python eval.py a.pt b.pt --overfit image.png                     # is a low latent loss a good image?
+    python eval.py last.pt --export FOLDER                           # a model to publish
 
-A model is a checkpoint of train.py, diffusers:NAME_OR_FOLDER, or FILE.py:FACTORY, where FACTORY() gives an
-object with encode(x) -> z [B,C,...] and decode(z) -> xhat, images [B,3,H,W] in [-1,1].
+A model is a checkpoint of train.py, a folder of --export, diffusers:NAME_OR_FOLDER, or FILE.py:FACTORY, where
+FACTORY() gives an object with encode(x) -> z [B,C,...] and decode(z) -> xhat, images [B,3,H,W] in [-1,1].
 
 Published rFIDs of one and the same checkpoint differ by more than the gaps that papers claim, because crop,
 rounding, Inception network and resize differ. Here image and reconstruction are rounded to uint8 the same way
@@ -39,7 +40,8 @@ from tqdm import tqdm
 
 from common import (LPIPS, Help, ImageFolder, center_crop, check_launcher, command, load_image, psnr,
                     refuse_output_inside, save_grid, to_float, to_uint8)
-from sae import SAE, Posterior, load_tensors, require, write
+from sae import SAE, Posterior
+from sae_weights import load_tensors, require, write
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
 
@@ -619,7 +621,9 @@ def options(argv):
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("--encode", type=Path, metavar="DIR", help="write its latents to --out FILE")
     mode.add_argument("--decode", type=Path, metavar="FILE", help="write the images of latents to --out DIR")
+    mode.add_argument("--export", type=Path, metavar="FOLDER", help="write the model there, to publish it")
     mode.add_argument("--overfit", metavar="IMAGE", help="train a DiT on its latent; --out DIR")
+    p.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the weights of --export")
     p.add_argument("--target", default="v", choices=["v", "x"], help="what it predicts; the loss is of v")
     p.add_argument("--dit-width", type=count, default=384, help="of --overfit")
     p.add_argument("--dit-depth", type=count, default=12, help="of --overfit")
@@ -630,21 +634,26 @@ def options(argv):
     args.skip = set(filter(None, args.skip.split(",")))
     if args.skip - {"fid", "lpips", "probe"}:
         p.error(f"--skip takes fid, lpips and probe, not {','.join(sorted(args.skip))}")
+    if args.export and len(args.models) > 1:
+        p.error("--export takes one model")
     if (args.encode or args.decode) and not args.out:
         p.error("--encode needs --out FILE.safetensors, --decode needs --out DIR")
     if len(args.models) > 1 and args.out and not args.overfit:
         p.error("--out goes with one model: drop the option, or name the models one by one")
     for spec in args.models:
         file = Path(spec.rpartition(":")[0] if ".py:" in spec else spec)
-        require(spec.startswith("diffusers:") or file.is_file() and not spec.endswith(".py"),
-                f"there is no file {file}, or no {file}:FACTORY: name a checkpoint of train.py, "
-                "diffusers:NAME_OR_FOLDER or FILE.py:FACTORY")
+        exported = (file / "config.json").is_file()
+        require(spec.startswith("diffusers:") or exported or file.is_file() and not spec.endswith(".py"),
+                f"there is no file {file}, or no {file}:FACTORY: name a checkpoint of train.py, a "
+                "folder of --export, diffusers:NAME_OR_FOLDER or FILE.py:FACTORY")
     return args
 
 
 def main(argv=None):
     args = options(argv)
     check_launcher()
+    if args.export:
+        return export(args)
     if WORLD > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -660,6 +669,19 @@ def main(argv=None):
         score_all(args, device)
     if dist.is_initialized():                   # not after an error: it would wait for ranks that met none
         dist.destroy_process_group()
+
+
+def export(args):
+    """--export: the model as a folder, its card with the scores that lie beside the checkpoint."""
+    require(WORLD == 1, "--export is the work of one process: run it without torchrun")
+    spec, file = args.models[0], default_output(args.models[0])
+    sae = SAE.from_pretrained(spec)
+    scores = json.loads(file.read_bytes()) if file.exists() else {}
+    if scores.get("identity") != list(identity(spec)):
+        print(f"the card has no scores: {file} is absent or of another file than {spec}")
+        scores = {}
+    sae.save_pretrained(args.export, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], scores)
+    print(f"{args.export}: config.json, model.safetensors, README.md and encoder/ are written")
 
 
 def score_all(args, device):

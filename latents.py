@@ -21,7 +21,7 @@ from common import (ImageFolder, center_crop, load_image, psnr, refuse_output_in
                     to_uint8)
 from eval import (RANK, WORLD, Crops, batches, check_output, digest, identity, latent_mean_std, latent_sums,
                   load_model, print_table, to_json)
-from sae import load_safetensors, require, save_safetensors, write
+from sae_weights import load_safetensors, require, save_safetensors, write
 
 
 def run(args, device):

@@ -1,4 +1,4 @@
-"""Installs sae.py and builds the extension sae_csrc.so beside it:
+"""Installs sae.py and sae_weights.py and builds the extension sae_csrc.so beside it:
 
     pip install --no-build-isolation -e .
 
@@ -162,7 +162,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    py_modules=["sae"],
+    py_modules=["sae", "sae_weights"],
     ext_modules=extensions(),
     cmdclass={"build_ext": Build},
     install_requires=["torch>=2.11", "numpy>=1.26", "pillow>=10.1", "lpips>=0.1.4", "scipy>=1.11",

@@ -46,8 +46,8 @@ from tqdm import tqdm
 
 from common import (LPIPS, Help, ImageFolder, TrainingImages, batches, check_launcher, command, psnr,
                     refuse_output_inside, save_grid, to_float, to_uint8)
-from sae import (CHECKPOINT_VERSION, SAE, Block, DINOv3, ResBlock, SAEConfig, feature_mse, load_checkpoint,
-                 require, write)
+from sae import SAE, Block, DINOv3, ResBlock, SAEConfig, feature_mse
+from sae_weights import CHECKPOINT_VERSION, load_checkpoint, require, write
 
 # ------------------------------------------------------------------ the loop
 

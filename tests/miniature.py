@@ -32,7 +32,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from common import ImageFolder, center_crop, load_image, psnr, to_float, to_uint8  # noqa: E402
 from eval import Moments, frechet_distance  # noqa: E402
-from sae import SAE, DINOv3, DINOv3Config, save_safetensors, write  # noqa: E402
+from sae import SAE, DINOv3, DINOv3Config  # noqa: E402
+from sae_weights import save_safetensors, write  # noqa: E402
 
 # ------------------------------------------------------------------ the rows
 

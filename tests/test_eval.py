@@ -30,7 +30,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 import eval as E
 from common import ImageFolder, center_crop
-from sae import CHECKPOINT_VERSION, SAE, DINOv3, DINOv3Config, SAEConfig
+from sae import SAE, DINOv3, DINOv3Config, SAEConfig
+from sae_weights import CHECKPOINT_VERSION
 from test_common import pack
 
 ROOT = Path(E.__file__).parent

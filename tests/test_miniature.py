@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sae import DINOv3, DINOv3Config, save_safetensors
+from sae import DINOv3, DINOv3Config
+from sae_weights import save_safetensors
 
 ROOT = Path(__file__).parent.parent
 

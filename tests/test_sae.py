@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sae
+import sae_weights
 from sae import SAE, DINOv3, DINOv3Config, SAEConfig
 
 timm = pytest.importorskip("timm")
@@ -88,7 +89,7 @@ def test_gradients_equal_those_of_transformers(size, tmp_path):
     (tokens(ours, x) * target).sum().backward()
     (oracle(normalised).last_hidden_state * target).sum().backward()
     grads = {n: p.grad for n, p in oracle.named_parameters() if p.grad is not None}
-    theirs = sae.rename_dinov3(grads, "gradients", torch.float32)
+    theirs = sae_weights.rename_dinov3(grads, "gradients", torch.float32)
     for name, p in ours.named_parameters():
         assert relative(p.grad, theirs[name]) <= 1e-4, name
 
@@ -346,7 +347,7 @@ def test_a_checkpoint_with_nan_or_infinity_is_refused_naming_the_tensor(name, va
 def test_a_pointer_or_a_web_page_in_place_of_weights_is_named(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name} {words}"):
-        sae.load_tensors(tmp_path / name)
+        sae_weights.load_tensors(tmp_path / name)
 
 
 # ------------------------------------------------------------------ a file of weights
@@ -571,15 +572,15 @@ def test_sae_imports_and_loads_without_modules_that_only_unix_has(tmp_path):
 import sys, torch
 sys.path.insert(0, {str(Path(sae.__file__).parent)!r})
 sys.modules.update(dict.fromkeys(["resource", "fcntl", "pwd", "grp", "termios"]))
-import sae
-sae.load_safetensors(sys.argv[1])["x"].sum()
+import sae, sae_weights
+sae_weights.load_safetensors(sys.argv[1])["x"].sum()
 """
     subprocess.run([sys.executable, "-c", code, tmp_path / "x.safetensors"], check=True)
 
 
 def save_checkpoint(model, path):
-    ckpt = {"version": sae.CHECKPOINT_VERSION, "config": asdict(model.config), "ema": model.state_dict()}
-    torch.save(ckpt, path)
+    torch.save({"version": sae_weights.CHECKPOINT_VERSION, "config": asdict(model.config),
+                "ema": model.state_dict()}, path)
 
 
 def test_a_checkpoint_gives_back_its_ema(tiny, tmp_path):
@@ -596,7 +597,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(content, tmp_path):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(path))):
-        sae.load_checkpoint(path)
+        sae_weights.load_checkpoint(path)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
@@ -609,14 +610,14 @@ def test_a_damaged_file_of_weights_gives_its_tensors_or_one_sentence(kind, tmp_p
         save_file(whole, path)
     else:
         torch.save(whole, path, _use_new_zipfile_serialization=kind == "zip")
-    assert all(torch.equal(t, whole[name]) for name, t in sae.load_tensors(path).items())
+    assert all(torch.equal(t, whole[name]) for name, t in sae_weights.load_tensors(path).items())
     content, refused = path.read_bytes(), 0
     step = max(1, len(content) // 150)
     for i in range(0, len(content), step):
         for damaged in (content[:i], content[:i] + bytes([content[i] ^ 0x55]) + content[i + 1:]):
             path.write_bytes(damaged)
             try:
-                assert all(torch.is_tensor(t) for t in sae.load_tensors(path).values())
+                assert all(torch.is_tensor(t) for t in sae_weights.load_tensors(path).values())
             except ValueError as e:
                 refused += 1
                 assert str(path) in str(e) and len(str(e).splitlines()) == 1, str(e)
@@ -628,9 +629,9 @@ def test_a_damaged_file_of_weights_gives_its_tensors_or_one_sentence(kind, tmp_p
 def test_a_file_of_other_things_than_tensors_by_name_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="w.pth holds no tensors by name"):
-        sae.load_tensors(tmp_path / "w.pth")
+        sae_weights.load_tensors(tmp_path / "w.pth")
 
 
 def test_a_missing_file_of_weights_is_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no file .*gone.pth"):
-        sae.load_tensors(tmp_path / "gone.pth")
+        sae_weights.load_tensors(tmp_path / "gone.pth")

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
-from sae import SAFETENSORS_DTYPES, load_safetensors, save_safetensors
+from sae_weights import SAFETENSORS_DTYPES, load_safetensors, save_safetensors
 
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

@@ -16,9 +16,9 @@ import torch
 from PIL import Image, ImageOps
 
 import common
-import sae
 import train
 from sae import SAE, DINOv3, DINOv3Config, SAEConfig
+from sae_weights import load_safetensors, save_safetensors
 from test_common import pack
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +34,7 @@ def write_images(folder, n=24, size=48, seed=0):
 
 def write_encoder(path, width=64, seed=0):
     torch.manual_seed(seed)
-    sae.save_safetensors(DINOv3(DINOv3Config(width, 2, 64, 128)).state_dict(), path)
+    save_safetensors(DINOv3(DINOv3Config(width, 2, 64, 128)).state_dict(), path)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def equal(a, b):
 # ------------------------------------------------------------------ stages
 
 def test_stage_1_leaves_the_encoder_bit_identical_and_trains_the_rest(world, stage1):
-    encoder = sae.load_safetensors(world / "encoder.safetensors")
+    encoder = load_safetensors(world / "encoder.safetensors")
     for weights in stage1["model"], stage1["ema"]:
         assert all(torch.equal(weights["encoder." + n], t) for n, t in encoder.items())
     torch.manual_seed(0)
@@ -123,7 +123,7 @@ def test_stage_2_moves_all_of_the_encoder_and_none_of_the_teacher(world, stage1,
     build = train.build
     monkeypatch.setattr(train, "build", lambda args: built.append(build(args)) or built[-1])
     run(world, tmp_path / "s2", stage=2)
-    teacher, file = built[0][1], sae.load_safetensors(world / "encoder.safetensors")
+    teacher, file = built[0][1], load_safetensors(world / "encoder.safetensors")
     for name, p in teacher.state_dict(keep_vars=True).items():
         assert torch.equal(p, file[name]) and not p.requires_grad, name
     assert not any(m.training for m in teacher.modules())
@@ -139,7 +139,7 @@ def test_frozen_weights_kept_in_bf16_change_no_bit_under_autocast(world, tmp_pat
     import torchvision
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "t.pth")
     x, y = torch.rand(2, 2, 3, 64, 64) * 2 - 1
-    teacher = sae.DINOv3.from_pretrained(world / "encoder.safetensors")
+    teacher = DINOv3.from_pretrained(world / "encoder.safetensors")
     lpips = common.LPIPS("squeeze", tmp_path / "t.pth")
     with torch.autocast("cpu", torch.bfloat16):
         before = teacher(x)[2], lpips(x, y)
@@ -585,7 +585,7 @@ def test_bad_input_is_refused_in_one_sentence_before_anything_is_written(
     second = torch.load(world / "stage1/last.pt")
     second["args"]["stage"] = 2
     torch.save(second, tmp_path / "second.pt")
-    sae.save_safetensors({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    save_safetensors({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     write_encoder(tmp_path / "seed1.safetensors", seed=1)
     write_encoder(tmp_path / "wide.safetensors", width=128)

@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 import torch                                        # noqa: E402
 from safetensors.torch import load_file             # noqa: E402
 
-from sae import DINOv3, save_safetensors            # noqa: E402
+from sae import DINOv3                              # noqa: E402
+from sae_weights import save_safetensors            # noqa: E402
 
 
 def huggingface(layers):

@@ -39,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 import common                                                   # noqa: E402
 import sae                                                      # noqa: E402
 import train                                                    # noqa: E402
+from sae_weights import save_safetensors                        # noqa: E402
 
 LDM, PAPER = (512, 256, 256, 128, 128), (1280, 1024, 512, 256, 128)
 TINY = sae.DINOv3Config(64, 2, 64, 128, False)
@@ -193,7 +194,7 @@ def prepare(setting, folder):
         shape = (2 * size, 2 * size + 32, 3)
         pixels = np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "images" / "noise" / f"{i:03d}.png")
-    sae.save_safetensors(sae.DINOv3(cfg).state_dict(), folder / "encoder.safetensors")
+    save_safetensors(sae.DINOv3(cfg).state_dict(), folder / "encoder.safetensors")
     factory = {"vgg": torchvision.models.vgg16, "squeeze": torchvision.models.squeezenet1_1}[net]
     trunk = factory(weights=None).features.state_dict()
     torch.save({f"features.{n}": t for n, t in trunk.items()}, folder / "trunk.pth")
