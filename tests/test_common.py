@@ -1,7 +1,6 @@
 """What train.py and eval.py share: which files are images, which pixels they hold, and what is refused."""
 import gzip
 import io
-import json
 import os
 import subprocess
 import sys

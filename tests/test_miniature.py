@@ -35,7 +35,9 @@ def world(tmp_path_factory):
 
 def run(words, *rows):
     command = [sys.executable, ROOT / "tests/miniature.py", *words, "--rows", *rows]
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True).stdout
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_rows_that_are_there_are_kept_and_the_others_are_added_to_table_and_figure(world):
