@@ -344,26 +344,65 @@ def draw_figure(rows, path):
     write(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
-def draw_demo(folders, data, size, path, n=8, scale=2):
-    """One picture: originals of the test set, then a labelled row of reconstructions for each run."""
-    files = ImageFolder(data).files
-    files = [files[i] for i in np.linspace(0, len(files) - 1, n).astype(int)]
-    originals = np.stack([np.asarray(center_crop(load_image(file), size)) for file in files])
-    rows = {"original": originals}                                                       # [n,size,size,3]
-    for name, folder in folders.items():
-        sae = SAE.from_pretrained(folder / "last.pt")
-        with torch.no_grad():
-            xhat = sae.decode(sae.encode(to_float(torch.from_numpy(originals))).mode())
-        rows[name] = to_uint8(xhat).permute(0, 2, 3, 1).numpy()
-    side, label = scale * size, 110
-    picture = Image.new("RGB", (label + n * side, len(rows) * side), "white")
+def draw_rows(rows, path, columns=(), side=128):
+    """A PNG of {label: images uint8 [n,S,S,3]}, a row each, enlarged to `side`, with names of the columns."""
+    label, top, n = 110, 30 if columns else 0, max(map(len, rows.values()))
+    picture = Image.new("RGB", (label + n * side, top + len(rows) * side), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(20)
+    for x, name in enumerate(columns):
+        pen.text((label + x * side + 4, 4), name, fill="black", font=font)
     for y, (name, images) in enumerate(rows.items()):
-        pen.text((8, y * side + side // 2 - 10), name, fill="black", font=font)
+        pen.text((8, top + y * side + side // 2 - 10), name, fill="black", font=font)
         for x, image in enumerate(images):
             image = Image.fromarray(image).resize((side, side), Image.BICUBIC)
-            picture.paste(image, (label + x * side, y * side))
+            picture.paste(image, (label + x * side, top + y * side))
     write(path, lambda file: picture.save(file, format="png", optimize=True))
+
+
+def to_pixels(x):
+    """[B,3,H,W] in [-1,1] -> uint8 [B,H,W,3]."""
+    return to_uint8(x).permute(0, 2, 3, 1).numpy()
+
+
+class Principal:
+    """The first three principal components of maps [n,C,h,w] as red, green and blue."""
+
+    def __init__(self, maps):
+        rows = maps.transpose(0, 1).flatten(1).T                                         # [n h w,C]
+        self.mean = rows.mean(0)
+        _, _, self.basis = torch.pca_lowrank(rows - self.mean, q=3, niter=10)            # [C,3]
+        self.scale = 2 * ((rows - self.mean) @ self.basis).std(0)
+
+    def paint(self, maps, size):
+        """maps [n,C,h,w] -> uint8 [n,size,size,3], grey where a map is at the mean."""
+        colours = (maps.movedim(1, -1) - self.mean) @ self.basis / self.scale            # [n,h,w,3]
+        return to_pixels(F.interpolate(colours.movedim(-1, 1), size=(size, size)))
+
+
+@torch.no_grad()
+def draw_runs(folders, paths, size, demo, story, n=8):
+    """Two pictures of test images. demo: originals, then a row of reconstructions for each run.
+
+    story: the first of them on its way through each run: patch tokens, painted by the principal components of
+    the teacher's, so that a run whose tokens have kept their meaning keeps their colours; mu, by its own.
+    """
+    files = ImageFolder(paths["val"]).files
+    files = [files[i] for i in np.linspace(0, len(files) - 1, 8 * n).astype(int)]        # 8 n, for the basis
+    originals = np.stack([np.asarray(center_crop(load_image(file), size)) for file in files])
+    x, shown = to_float(torch.from_numpy(originals)), slice(0, None, 8)                  # [8 n,3,S,S]
+    grid = (size // DINOv3.patch,) * 2
+    tokens = DINOv3.from_pretrained(paths["encoder"])(x)[2].transpose(1, 2).unflatten(2, grid)
+    teacher = Principal(tokens)                                                          # of [8 n,D,h,w]
+
+    rows, steps = {"original": originals[shown]}, {}
+    for name, folder in folders.items():
+        sae = SAE.from_pretrained(folder / "last.pt")
+        tokens, mu = sae.encoder(x)[2].transpose(1, 2).unflatten(2, grid), sae.encode(x).mode()
+        rows[name] = to_pixels(sae.decode(mu[shown]))
+        steps[name] = np.stack([originals[0], teacher.paint(tokens[:1], size)[0],
+                                Principal(mu).paint(mu[:1], size)[0], rows[name][0]])
+    draw_rows(rows, demo)
+    draw_rows(steps, story, columns=("x", "patch tokens", "mu", "xhat"))
 
 
 # ------------------------------------------------------------------ the command
@@ -434,7 +473,8 @@ def main():
     print("\n" + table(rows))
     folders = {name: row_folders(name, args.seeds[0], args)[1] for name in DEMO}
     if all((folder / "last.pt").exists() for folder in folders.values()):
-        draw_demo(folders, args.out / "images/val", args.size, args.out / "demo.png")
+        paths = paths or prepare(args)
+        draw_runs(folders, paths, args.size, args.out / "demo.png", args.out / "one.png")
         print(f"{time.time() - start:.0f} s. Look at {os.path.relpath(args.out / 'demo.png')}: test images, "
               "which no run has seen." + ("" if args.data else LOOK_FOR))
 

@@ -51,7 +51,7 @@ def test_rows_that_are_there_are_kept_and_the_others_are_added_to_table_and_figu
     assert (root / "drawn/reg-100-seed0.json").read_bytes() == kept
     assert [line.split("|")[1].strip() for line in (root / "drawn.md").read_text().splitlines()] == [
         "row", "---", "Freeze", "reg 100", "E2E"]
-    for picture in "drawn.png", "out/demo.png":
+    for picture in "drawn.png", "out/demo.png", "out/one.png":
         with Image.open(root / picture) as image:
             image.verify()
 
@@ -64,6 +64,14 @@ def test_a_row_that_was_interrupted_after_its_training_is_scored_and_a_frozen_en
     (root / "drawn/freeze-seed0.json").unlink()
     assert "train.py" not in run(words, "Freeze")           # `done` stands beside it
     assert json.loads((root / "drawn/freeze-seed0.json").read_text()) == found
+
+
+def test_the_painted_components_are_those_of_numpys_svd():
+    maps = torch.randn(6, 10, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    maps[:, :3] *= torch.tensor([9, 6, 3])[None, :, None, None]
+    rows = maps.movedim(1, -1).reshape(-1, 10).numpy()
+    basis = np.linalg.svd(rows - rows.mean(0))[2][:3].T
+    assert np.allclose(np.abs(miniature.Principal(maps).basis.T.numpy() @ basis), np.eye(3), atol=1e-5)
 
 
 def test_the_table_gives_means_and_deviations_over_the_seeds():
