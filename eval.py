@@ -3,7 +3,7 @@
     python eval.py runs/stage2-reg100/last.pt                        # PSNR, SSIM, LPIPS, rFID, probe, picture
     python eval.py last.pt diffusers:stabilityai/sd-vae-ft-mse my.py:load     # the same table for peers
     torchrun --nproc_per_node 8 eval.py last.pt                      # the same numbers from 8 GPUs
-    python eval.py last.pt --encode DIR --out latents.safetensors    # for diffusion training; --decode back
+    python eval.py last.pt --encode DIR --out FOLDER                 # for diffusion training; --decode back
     python eval.py a.pt b.pt --overfit image.png                     # is a low latent loss a good image?
 
 A model is a checkpoint of train.py, diffusers:NAME_OR_FOLDER, or FILE.py:FACTORY, where FACTORY() gives an
@@ -616,9 +616,11 @@ def options(argv):
     p.add_argument("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="for each device")
     p.add_argument("--out", type=Path, metavar="PATH", help="JSON file (default beside the checkpoint)")
     p.add_argument("--shard", type=count, default=1024, help="latents in a file (1024: 0.7 GB)")
+    p.add_argument("--flip", action="store_true", help="--encode: of the mirrored images, too")
+    p.add_argument("--normalized", action="store_true", help="--decode: samples, by latents_stats.pt")
     mode = p.add_mutually_exclusive_group()
-    mode.add_argument("--encode", type=Path, metavar="DIR", help="write its latents to --out FILE")
-    mode.add_argument("--decode", type=Path, metavar="FILE", help="write the images of latents to --out DIR")
+    mode.add_argument("--encode", type=Path, metavar="DIR", help="write its latents to --out DIR")
+    mode.add_argument("--decode", type=Path, metavar="PATH", help="write the images of latents to --out DIR")
     mode.add_argument("--overfit", metavar="IMAGE", help="train a DiT on its latent; --out DIR")
     p.add_argument("--target", default="v", choices=["v", "x"], help="what it predicts; the loss is of v")
     p.add_argument("--dit-width", type=count, default=384, help="of --overfit")
@@ -631,7 +633,7 @@ def options(argv):
     if args.skip - {"fid", "lpips", "probe"}:
         p.error(f"--skip takes fid, lpips and probe, not {','.join(sorted(args.skip))}")
     if (args.encode or args.decode) and not args.out:
-        p.error("--encode needs --out FILE.safetensors, --decode needs --out DIR")
+        p.error("--encode and --decode need --out DIR")
     if len(args.models) > 1 and args.out and not args.overfit:
         p.error("--out goes with one model: drop the option, or name the models one by one")
     for spec in args.models:

@@ -1,5 +1,6 @@
 """eval.py through its command line, on small pictures and small models."""
 import errno
+import glob
 import io
 import json
 import math
@@ -23,6 +24,7 @@ import torch
 import torchvision
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 from torch.nn import functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -262,11 +264,11 @@ def test_a_checkpoint_without_latent_statistics_is_scored_and_encoded(photos, ch
     torch.save(saved, tmp_path / "last.pt")
     scores, files = [], []
     for i, model in enumerate((tmp_path / "last.pt", checkpoint)):
-        files.append(tmp_path / f"{i}.safetensors")
+        files.append(tmp_path / f"{i}/latents_stats.pt")
         scores.append(run(model, "--data", photos, *NO_NETS, "--out", tmp_path / "a.json", *FAST))
-        command(model, "--encode", photos, "--out", files[-1], *FAST)
+        command(model, "--encode", photos, "--out", files[-1].parent, *FAST)
     assert scores[0]["psnr"] == scores[1]["psnr"]
-    ours, theirs = map(load_file, files)
+    ours, theirs = map(torch.load, files)
     assert all(torch.equal(ours[key], theirs[key]) and ours[key].isfinite().all() for key in ("mean", "std"))
 
 
@@ -610,29 +612,69 @@ def test_a_diffusers_model_is_scored_as_diffusers_itself_reconstructs(halves, tm
 
 # ------------------------------------------------------------------ latents on disk
 
-def latents(folder):
-    return torch.cat([load_file(path)["z"] for path in sorted(folder.glob("latents-*.safetensors"))])
+def latents(folder, key="latents"):
+    return torch.cat([load_file(path)[key] for path in sorted(folder.glob("*.safetensors"))])
+
+
+class ImgLatentDataset(torch.utils.data.Dataset):
+    """The rules of LightningDiT's loader of that name, with latent_norm and a latent_multiplier of 1."""
+
+    def __init__(self, folder):
+        self.items = []
+        for file in sorted(glob.glob(os.path.join(folder, "*.safetensors"))):
+            with safe_open(file, framework="pt") as tensors:
+                self.items += [(file, i) for i in range(tensors.get_slice("labels").get_shape()[0])]
+        stats = torch.load(os.path.join(folder, "latents_stats.pt"))
+        self.mean, self.std = stats["mean"], stats["std"]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        file, i = self.items[index]
+        with safe_open(file, framework="pt") as tensors:
+            latent = tensors.get_slice("latents" if np.random.rand() > 0.5 else "latents_flip")[i:i + 1]
+            label = tensors.get_slice("labels")[i:i + 1]
+        return ((latent - self.mean) / self.std * 1.0).squeeze(0), label.squeeze(0)
+
+
+def test_encoded_latents_are_read_by_lightningdits_rules(photos, checkpoint, tmp_path, capsys):
+    command(checkpoint, "--encode", photos, "--out", tmp_path / "l", "--shard", 16, "--flip", *FAST)
+    assert "42 latents of 16x2x2, and of the mirrored images: 1.08e-05 GB" in capsys.readouterr().out
+    x, model = pixels(photos) / 127.5 - 1, SAE.from_pretrained(checkpoint)
+    with torch.no_grad():
+        z, flipped = model.encode(x).mode(), model.encode(x.flip(3)).mode()
+    mean, std = z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), correction=0, keepdim=True)
+    data, drawn = ImgLatentDataset(tmp_path / "l"), []
+    assert len(data) == 42 and data.mean.shape == data.std.shape == (1, 16, 1, 1)
+    np.random.seed(0)
+    for i, (latent, label) in enumerate(data):
+        assert latent.dtype == torch.float32 and label == ImageFolder(photos).labels[i]
+        either = [torch.allclose(latent * std[0] + mean[0], t[i], atol=5e-3) for t in (z, flipped)]
+        assert any(either)
+        drawn.append(either.index(True))
+    assert 0 < sum(drawn) < 42                  # the loader has read both
 
 
 def test_encoded_latents_are_those_of_the_model_with_their_mean_and_std(photos, checkpoint, tmp_path):
-    folder = tmp_path / "a new folder"
-    command(checkpoint, "--encode", photos, "--out", folder / "latents.safetensors", "--shard", 16, *FAST)
+    folder = tmp_path / "a new/folder"
+    command(checkpoint, "--encode", photos, "--out", folder, "--shard", 16, *FAST)
     with torch.no_grad():
         z = SAE.from_pretrained(checkpoint).encode(pixels(photos) / 127.5 - 1).mode()
-    stored, index = latents(folder), load_file(folder / "latents.safetensors")
+    stored, stats = latents(folder), torch.load(folder / "latents_stats.pt")
     assert stored.dtype == torch.float16 and torch.allclose(stored.float(), z, atol=2e-3)
     flat = z.transpose(0, 1).flatten(1)
-    assert torch.allclose(index["mean"], flat.mean(1), atol=1e-3)
-    assert torch.allclose(index["std"], flat.std(1, correction=0), atol=1e-3)
+    assert torch.allclose(stats["mean"].flatten(), flat.mean(1), atol=1e-3)
+    assert torch.allclose(stats["std"].flatten(), flat.std(1, correction=0), atol=1e-3)
     shards = sorted(folder.glob("latents-*.safetensors"))
-    assert torch.cat([load_file(path)["labels"] for path in shards]).tolist() == ImageFolder(photos).labels
-    assert len(shards) == 3
+    assert latents(folder, "labels").tolist() == ImageFolder(photos).labels
+    assert len(shards) == 3 and load_file(shards[0]).keys() == {"latents", "labels"}
 
 
 def test_decoding_gives_the_reconstructions_under_the_images_names(photos, codecs, tmp_path):
     spec = f"{codecs}:Exact"                    # multiples of 1/127.5 survive fp16: every pixel comes back
-    command(spec, "--encode", photos, "--out", tmp_path / "latents.safetensors", "--shard", 16, *FAST)
-    command(spec, "--decode", tmp_path / "latents.safetensors", "--out", tmp_path / "back", *FAST)
+    command(spec, "--encode", photos, "--out", tmp_path / "latents", "--shard", 16, *FAST)
+    command(spec, "--decode", tmp_path / "latents", "--out", tmp_path / "back", *FAST)
     files = ImageFolder(photos).files
     assert len(list((tmp_path / "back").rglob("*.png"))) == len(files)
     for path in files:
@@ -640,18 +682,32 @@ def test_decoding_gives_the_reconstructions_under_the_images_names(photos, codec
             assert np.array_equal(np.array(back), np.array(center_crop(Image.open(path), 32)))
 
 
+def test_normalised_samples_are_decoded_by_the_statistics_beside_them_and_numbered(photos, codecs, tmp_path):
+    spec, folder = f"{codecs}:Exact", tmp_path / "latents"
+    command(spec, "--encode", photos, "--out", folder, *FAST)
+    stats = torch.load(folder / "latents_stats.pt")
+    samples = (latents(folder).float() - stats["mean"]) / stats["std"]
+    save_file({"latents": samples}, folder / "samples.safetensors")
+    command(spec, "--decode", folder / "samples.safetensors", "--normalized", "--out", tmp_path / "s", *FAST)
+    found = [np.array(Image.open(path)) for path in sorted((tmp_path / "s").iterdir())]
+    assert np.array_equal(found, pixels(photos).permute(0, 2, 3, 1).numpy())
+    assert (tmp_path / "s/samples-00041.png").exists()
+    (folder / "latents_stats.pt").unlink()
+    assert "there is no file" in refusal(spec, "--decode", folder, "--normalized", "--out", tmp_path, *FAST)
+
+
 def test_interrupted_encoding_and_decoding_go_on(photos, checkpoint, tmp_path, monkeypatch):
-    out, encoded, decoded = tmp_path / "latents.safetensors", count_images(monkeypatch, "latent"), []
+    out, encoded, decoded = tmp_path / "latents", count_images(monkeypatch, "latent"), []
     words = [checkpoint, "--encode", photos, "--out", out, "--shard", 16, *FAST]
     command(*words)
-    before, index = latents(tmp_path), load_file(out)
-    assert sum(encoded) == 42
+    before, stats = latents(out), torch.load(out / "latents_stats.pt")
+    assert sum(encoded) == 1 + 42               # the first tells the size
     encoded.clear()
-    out.unlink()
-    (tmp_path / "latents-00001.safetensors").unlink()
+    (out / "latents_stats.pt").unlink()
+    (out / "latents-00001.safetensors").unlink()
     command(*words)
-    assert sum(encoded) == 16 and torch.equal(latents(tmp_path), before)
-    assert all(torch.equal(index[k], v) for k, v in load_file(out).items())
+    assert sum(encoded) == 1 + 16 and torch.equal(latents(out), before)
+    assert all(torch.equal(stats[k], v) for k, v in torch.load(out / "latents_stats.pt").items())
     monkeypatch.setattr(SAE, "decode", lambda self, z, f=SAE.decode: decoded.append(len(z)) or f(self, z))
     words = [checkpoint, "--decode", out, "--out", tmp_path / "back", *FAST]
     command(*words)
@@ -662,17 +718,21 @@ def test_interrupted_encoding_and_decoding_go_on(photos, checkpoint, tmp_path, m
 
 
 def test_latents_of_another_model_are_not_mixed_in(photos, checkpoint, tmp_path):
-    out = tmp_path / "latents.safetensors"
+    out = tmp_path / "latents"
     command(checkpoint, "--encode", photos, "--out", out, *FAST)
     other = small_sae(tmp_path / "other.pt", seed=1)
     sentence = refusal(other, "--encode", photos, "--out", out, *FAST)
     assert "latents-00000.safetensors holds latents of another model" in sentence
-    assert "--shard" in refusal(checkpoint, "--encode", photos, "--out", out, "--shard", 16, *FAST)
+    for option in ["--shard", 16], ["--flip"]:
+        assert option[0] in refusal(checkpoint, "--encode", photos, "--out", out, *option, *FAST)
+    save_file({"latents": torch.zeros(1)}, out / "samples.safetensors")
+    sentence = refusal(checkpoint, "--encode", photos, "--out", out, *FAST)
+    assert "samples.safetensors is none of the 1 shards" in sentence
 
 
 def test_latents_of_images_that_have_changed_are_not_mixed_in(photos, checkpoint, tmp_path):
     shutil.copytree(photos, tmp_path / "images")
-    words = [checkpoint, "--encode", tmp_path / "images", "--out", tmp_path / "latents.safetensors", *FAST]
+    words = [checkpoint, "--encode", tmp_path / "images", "--out", tmp_path / "latents", *FAST]
     command(*words)
     shutil.copy(photos / "red/03.png", tmp_path / "images/red/04.png")
     assert "or images: delete it" in refusal(*words)
@@ -681,23 +741,24 @@ def test_latents_of_images_that_have_changed_are_not_mixed_in(photos, checkpoint
 def test_latents_of_an_object_without_a_file_of_weights_are_made_again(photos, codecs, tmp_path, monkeypatch):
     encoded = count_images(monkeypatch, "latent")
     for _ in range(2):
-        command(f"{codecs}:Exact", "--encode", photos, "--out", tmp_path / "latents.safetensors", *FAST)
-    assert sum(encoded) == 2 * 42
+        command(f"{codecs}:Exact", "--encode", photos, "--out", tmp_path / "latents", *FAST)
+    assert sum(encoded) == 2 * (1 + 42)
 
 
 def test_decoding_refuses_latents_that_are_not_the_models_and_names_that_are_not_its_own(
         photos, checkpoint, codecs, tmp_path, capsys):
-    out, back = tmp_path / "latents.safetensors", tmp_path / "back"
+    out, back = tmp_path / "latents", tmp_path / "back"
     command(checkpoint, "--encode", photos, "--out", out, *FAST)
     sentence = refusal(f"{codecs}:Exact", "--decode", out, "--out", back, *FAST)
     assert re.search("latents of 16 channels that .*Exact cannot decode", sentence)
+    odd = tmp_path / "odd.safetensors"
     for names in ["x.jpg", "x.jpg.png"], ["/tmp/x", "y"], ["../x", "y"]:
-        save_file({"z": torch.zeros(2, 16, 2, 2)}, tmp_path / "odd.safetensors", {"names": json.dumps(names)})
-        sentence = refusal(checkpoint, "--decode", tmp_path / "odd.safetensors", "--out", back, *FAST)
+        save_file({"latents": torch.zeros(2, 16, 2, 2)}, odd, {"names": json.dumps(names)})
+        sentence = refusal(checkpoint, "--decode", odd, "--out", back, *FAST)
         assert "two latents alike, or a file outside" in sentence
     save_file({"z": torch.zeros(2, 16, 2, 2)}, tmp_path / "foreign.safetensors")
     sentence = refusal(checkpoint, "--decode", tmp_path / "foreign.safetensors", "--out", back, *FAST)
-    assert "foreign.safetensors is not of --encode" in sentence
+    assert "foreign.safetensors holds no tensor `latents`" in sentence
     assert not back.exists()
     for _ in range(2):
         command(checkpoint, "--decode", out, "--out", back, *FAST)
@@ -728,10 +789,10 @@ def test_a_score_written_among_the_images_is_refused(halves, checkpoint, tmp_pat
 def test_latents_and_images_written_among_the_images_are_refused(photos, checkpoint, tmp_path):
     images = shutil.copytree(photos, tmp_path / "set")
     before = sorted(images.rglob("*"))
-    sentence = refusal(checkpoint, "--encode", images, "--out", images / "red/latents.safetensors", *FAST)
+    sentence = refusal(checkpoint, "--encode", images, "--out", images / "red/latents", *FAST)
     assert "inside the images of" in sentence
-    command(checkpoint, "--encode", images, "--out", tmp_path / "latents.safetensors", *FAST)
-    for name in "latents.safetensors", "latents-00000.safetensors":
+    command(checkpoint, "--encode", images, "--out", tmp_path / "latents", *FAST)
+    for name in "latents", "latents/latents-00000.safetensors":
         for out in images, images / "red":
             sentence = refusal(checkpoint, "--decode", tmp_path / name, "--out", out, *FAST)
             assert "inside the images of" in sentence
@@ -746,11 +807,12 @@ def test_an_output_that_cannot_be_written_is_told_before_the_pass(photos, checkp
     (tmp_path / "file").touch()
     for folder in tmp_path / "file", Path("/proc/self"), tmp_path / ("x" * 300):
         for words in (["--data", photos, *NO_NETS, "--out", folder / "e.json"],
-                      ["--encode", photos, "--out", folder / "latents.safetensors"],
+                      ["--encode", photos, "--out", folder],
                       ["--overfit", photos / "red/03.png", "--out", folder]):
             assert "cannot be written" in refusal(checkpoint, *words, *FAST)
     for out in tmp_path, Path("/dev/null"):     # a rename would replace the device
-        assert "is no file: name another" in refusal(checkpoint, "--encode", photos, "--out", out, *FAST)
+        words = [checkpoint, "--data", photos, *NO_NETS, "--out", out, *FAST]
+        assert "is no file: name another" in refusal(*words)
 
 
 def test_the_table_is_printed_when_the_json_cannot_be_written(
@@ -854,8 +916,9 @@ SCORES = [*NO_NETS, "--size", "32", "--workers", "0", "--out", Path(tempfile.get
 
 
 def test_latents_that_are_not_there_are_refused(checkpoint, tmp_path):
-    sentence = refusal(checkpoint, "--decode", tmp_path / "none.safetensors", "--out", tmp_path, *FAST)
-    assert "no file" in sentence
+    for path in tmp_path / "none.safetensors", tmp_path:        # a folder without any
+        sentence = refusal(checkpoint, "--decode", path, "--out", tmp_path, *FAST)
+        assert f"there are no latents {path}" in sentence
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
@@ -911,8 +974,8 @@ def test_pixels_that_decode_are_scored_whatever_their_metadata(photos, codecs, t
         image.save(root / "text.png", pnginfo=text)
     got = run(f"{codecs}:Exact", "--data", root, *NO_NETS, "--out", tmp_path / "a.json", *FAST)
     assert got["images"] == got["exact"] == 3
-    command(f"{codecs}:Exact", "--encode", root, "--out", tmp_path / "latents.safetensors", *FAST)
-    assert len(latents(tmp_path)) == 3
+    command(f"{codecs}:Exact", "--encode", root, "--out", tmp_path / "latents", *FAST)
+    assert len(latents(tmp_path / "latents")) == 3
 
 
 def test_an_emptied_class_is_refused_and_what_systems_leave_behind_is_no_class(halves, checkpoint, tmp_path):
