@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from common import (LPIPS, Help, ImageFolder, center_crop, check_launcher, command, load_image, psnr,
                     refuse_output_inside, save_grid, to_float, to_uint8)
-from sae import SAE, Posterior, load_tensors, require, write
+from sae import SAE, Posterior, load_tensors, philox_normal, require, write
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
 
@@ -50,6 +50,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 PSNR_PROTOCOL = "RGB, range 255, mean over the images that do not come back exactly"
 LPIPS_PROTOCOL = "{lpips_net}, version 0.1"     # common.LPIPS
 SSIM_PROTOCOL = "11 taps, sigma 1.5, per channel, reflect padding, full map"
+NOISE_PROTOCOL = "decoded from z + tau std eps, std per channel over these images"
 FID_PROTOCOL = "{fid_dims} features of {inception.name}, {fid_resize} resize to 299, fp32"
 
 
@@ -87,7 +88,7 @@ class FIDInception(nn.Module):
         layers = OrderedDict(inception.named_children())
         while next(reversed(layers)) != last:
             layers.popitem()
-        self.net, self.resize = nn.Sequential(layers), resize
+        self.net, self.resize, self.dims = nn.Sequential(layers), resize, dims
         self.load(path, dims)
 
         for module in self.net.modules():
@@ -192,11 +193,14 @@ def latent_mean_std(sums, n):
 
 
 @torch.no_grad()
-def score(model, folder, lpips, inception, args):
-    """PSNR, SSIM, LPIPS, rFID and latent statistics over `folder`, in one pass; rFID on rank 0 alone."""
+def score(model, folder, lpips, networks, args):
+    """PSNR, SSIM, LPIPS, Frechet distances and latent statistics over `folder`, in one pass.
+
+    networks: {name of the distance: uint8 [B,3,H,W] -> features [B,dims]}; the distances on rank 0 alone.
+    """
     n, sums, latents, shape = len(folder), 0, 0, None
-    if inception:
-        real, fake = Moments(args.fid_dims, model.device), Moments(args.fid_dims, model.device)
+    real, fake = ({name: Moments(network.dims, model.device) for name, network in networks.items()}
+                  for _ in range(2))
 
     for index, images, _ in batches(Crops(args.size, folder), shares(range(n), args.batch), args, "scores"):
         x = to_float(images.to(model.device, non_blocking=True))                         # [B,3,S,S]
@@ -209,27 +213,39 @@ def score(model, folder, lpips, inception, args):
         sums = sums + torch.stack([column.double().sum() for column in columns])
         latents = latents + latent_sums(z)
         shape = list(z.shape[1:])
-        if inception:
-            real.update(inception(x8))
-            fake.update(inception(y8))
+        for name, network in networks.items():
+            real[name].update(network(x8))
+            fake[name].update(network(y8))
 
     broken, exact, db, similarity, distance, kl = over_ranks(sums).tolist()
     require(not broken, f"{model.name} made NaN or Inf of {broken:.0f} of {n} images: no number would count")
     result = {"images": n, "exact": int(exact), "psnr": db / (n - exact) if exact < n else None,
               "ssim": similarity / n} | ({"lpips": distance / n} if lpips else {})
     mean, std = latent_mean_std(latents, n)
-    model.channels = len(mean)                  # for the probe, also on a rank that has seen no image
+    model.std = std                             # also on a rank that has seen no image
     # std: the root mean square of the channels'
     result["latent"] = {"shape": shape, "mean": mean.mean().item(), "std": std.square().mean().sqrt().item(),
                         "std_min": std.min().item(), "std_max": std.max().item(), "kl": kl / n}
-    if inception:
-        gaussians = *real.mean_cov(), *fake.mean_cov()
-        if RANK == 0:
-            result["rfid"] = frechet_distance(*gaussians)
-        if n <= args.fid_dims:
-            result["warning"] = (f"rFID is unreliable: {n} images cannot fill a covariance of "
-                                 f"{args.fid_dims} dimensions")
-    return result
+    gaussians = {name: (*real[name].mean_cov(), *fake[name].mean_cov()) for name in networks}
+    if RANK == 0:
+        result |= {name: frechet_distance(*four) for name, four in gaussians.items()}
+    small = [f"{name} is unreliable: {n} images cannot fill a covariance of {network.dims} dimensions"
+             for name, network in networks.items() if n <= network.dims]
+    return result | ({"warning": "; ".join(small)} if small else {})
+
+
+def score_noisy(model, folder, networks, args):
+    """{tau: {"psnr", Frechet distances}} of decode(z + tau std eps), once `score` has found std [C].
+
+    How much of what a diffusion model gets wrong the decoder forgives.
+    """
+    result, std = {}, model.std
+    for tau in args.latent_noise:
+        model.noise = tau * std
+        scores = score(model, folder, None, networks, args)
+        result[tau] = {key: scores.get(key) for key in ("psnr", *networks)}
+    model.noise = None
+    return {"latent_noise": result} if result else {}
 
 
 # ------------------------------------------------------------------ probe
@@ -397,13 +413,14 @@ class Autoencoder:
 
     encode: x [B,3,S,S] in [-1,1] -> z [B,C,...] or a Posterior of it; decode: z -> xhat [B,3,S,S].
     identity: of its file; None for an object from FILE.py or diffusers, whose weights may change unseen.
-    channels: C, known after `score`. Raises ValueError for weights that are not finite and wrong shapes.
+    std: [C] of z, known after `score`. noise: None, or [C], the deviation of noise that z gets before it is
+    decoded. Raises ValueError for weights that are not finite and wrong shapes.
     """
 
     def __init__(self, name, model, encode, decode, args, device):
         self.name, self.model, self.encode, self.decode = name, model, encode, decode
         self.identity = identity(name) if isinstance(model, SAE) else None
-        self.sample, self.device, self.channels = args.sample, device, None
+        self.sample, self.device, self.std, self.noise = args.sample, device, None, None
         if isinstance(model, nn.Module):
             model.to(device).eval().requires_grad_(False)
             for key, t in model.state_dict().items():
@@ -426,7 +443,11 @@ class Autoencoder:
     def reconstruct(self, x, first=0):
         """x [B,3,H,W] in [-1,1] -> z and KL as from `latent`, xhat [B,3,H,W]."""
         z, kl = self.latent(x, first)
-        xhat = self.decode(z)
+        if self.noise is None:
+            xhat = self.decode(z)
+        else:                                   # seed 0 is that of --sample
+            eps = philox_normal(z.numel(), 1, first * z[0].numel(), z.device).view(z.shape)
+            xhat = self.decode(z + eps * self.noise.to(z).view(-1, *[1] * (z.dim() - 2)))
         require(torch.is_tensor(xhat) and xhat.shape == x.shape,
                 f"{self.name} does not give {list(x.shape)} back: pass the --size that it was made for")
         return z, kl, xhat
@@ -448,7 +469,7 @@ class Autoencoder:
     def kinds(self):
         """{kind of feature: its columns of `features`}."""
         if not isinstance(self.model, SAE):
-            return {"mu": slice(0, self.channels)}
+            return {"mu": slice(0, len(self.std))}
         # The teacher's MSE holds the patch tokens alone and CLS may drift: they also stand by themselves.
         D, z_dim = self.model.config.encoder.width, self.model.config.z_dim
         return {"cls+patch": slice(0, 2 * D), "patch": slice(D, 2 * D), "mu": slice(2 * D, 2 * D + z_dim)}
@@ -608,6 +629,8 @@ def options(argv):
     p.add_argument("--fid-resize", default="tf1", choices=["tf1", "torch"], help="torch: pytorch-fid's")
     p.add_argument("--inception", type=Path, metavar="FILE",
                    default="weights/pt_inception-2015-12-05-6726825d.pth", help="its weights")
+    p.add_argument("--latent-noise", type=float, nargs="+", default=[], metavar="TAU",
+                   help="score also what is decoded from latents with noise of TAU std")
     p.add_argument("--lpips-net", default="vgg", choices=["vgg", "alex", "squeeze"], help="LPIPS' trunk")
     p.add_argument("--lpips-weights", default="weights/vgg16-397923af.pth", metavar="FILE", help="its file")
     p.add_argument("--probe", default="full", choices=["full", "cached"], help="on random or on centre crops")
@@ -666,7 +689,7 @@ def main(argv=None):
 
 def score_all(args, device):
     """Score every model on the command line: a JSON and a picture for each, one table at the end."""
-    test, train, lpips, inception = ImageFolder(args.data), None, None, None
+    test, train, lpips, networks = ImageFolder(args.data), None, None, {}
     if "probe" not in args.skip:
         train = ImageFolder(args.train, option="--train, or --skip probe")
         check_probe(train, test)
@@ -676,14 +699,15 @@ def score_all(args, device):
     if "lpips" not in args.skip:
         lpips = LPIPS(args.lpips_net, args.lpips_weights).to(device)
     if "fid" not in args.skip:
-        inception = FIDInception(args.inception, args.fid_dims, args.fid_resize).to(device)
+        networks["rfid"] = FIDInception(args.inception, args.fid_dims, args.fid_resize).to(device)
 
     rows = []
     try:
         for spec, out in zip(args.models, outputs):
             model = load_model(spec, args, device)
             row = {"model": spec, "identity": model.identity, "protocol": protocol(model, args)}
-            row |= score(model, test, lpips, inception, args)
+            row |= score(model, test, lpips, networks, args)
+            row |= score_noisy(model, test, networks, args)
             rows.append(row)
             write_json(out, row | ({"unfinished": "probe"} if train else {}))
             if RANK == 0:
@@ -723,16 +747,23 @@ def protocol(model, args):
     crops = {"full": "random crops", "cached": "centre crops, features kept in fp16"}[args.probe]
     lines = {"images": IMAGES_PROTOCOL, "model": f"z {z}, fp32; of an S-AE the EMA weights",
              "psnr": PSNR_PROTOCOL, "ssim": SSIM_PROTOCOL, "lpips": LPIPS_PROTOCOL, "fid": FID_PROTOCOL,
-             "probe": PROBE_PROTOCOL,
+             "probe": PROBE_PROTOCOL, "noise": NOISE_PROTOCOL,
              "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}"}
     known = vars(args) | {"probe": f"on {crops}, {precision} encoder"}
-    return {key: line.format(**known) for key, line in lines.items() if key not in args.skip}
+    left_out = args.skip if args.latent_noise else args.skip | {"noise"}
+    return {key: line.format(**known) for key, line in lines.items() if key not in left_out}
 
 
 def print_scores(rows):
-    table = [row | {f"probe {kind}": right for kind, right in row.get("probe", {}).items()} for row in rows]
     columns = {"images": 0, "probe cls+patch": 2, "probe patch": 2, "probe mu": 2, "psnr": 2, "ssim": 4,
                "lpips": 4, "rfid": 3} | ({"exact": 0} if any(row["exact"] for row in rows) else {})
+    table = []
+    for row in rows:
+        probes = {f"probe {kind}": right for kind, right in row.get("probe", {}).items()}
+        noisy = {f"{name} {tau}": value for tau, scores in row.get("latent_noise", {}).items()
+                 for name, value in scores.items()}
+        table.append(row | probes | noisy)
+        columns |= {name: 2 if name.startswith("psnr") else 3 for name in noisy}
     print_table(table, columns)
     for line in [row["warning"] for row in rows if "warning" in row]:
         print(" ", line)

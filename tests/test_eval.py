@@ -32,7 +32,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 import eval as E
 from common import ImageFolder, center_crop
-from sae import CHECKPOINT_VERSION, SAE, DINOv3, DINOv3Config, SAEConfig
+from sae import CHECKPOINT_VERSION, SAE, DINOv3, DINOv3Config, SAEConfig, philox_normal
 
 ROOT = Path(E.__file__).parent
 FAST = ["--size", "32", "--workers", "0", "--batch", "5"]
@@ -182,13 +182,17 @@ def test_numbers_do_not_depend_on_ranks_or_workers(photos, checkpoint, stem_file
     """42 images in batches of 4: neither 11 batches nor 42 images divide by 2 or 3 ranks."""
     results = [on_ranks(ranks, 29611 + ranks, tmp_path, checkpoint, "--data", photos, "--train", photos,
                         "--size", 32, "--batch", 4, "--workers", ranks % 2, "--skip", "lpips",
-                        "--fid-dims", 64, "--inception", stem_file, *CACHED, "--sample")
+                        "--fid-dims", 64, "--inception", stem_file, *CACHED, "--sample",
+                        "--latent-noise", 0.3)
                for ranks in (1, 2, 3)]
     assert results[0]["latent"].pop("shape")
     for other in results[1:]:
         assert other["images"] == 42
         for key in ("rfid", "psnr", "ssim", "probe"):
             assert other[key] == pytest.approx(results[0][key], rel=1e-9), key
+        for key in ("psnr", "rfid"):
+            noisy = other["latent_noise"]["0.3"][key], results[0]["latent_noise"]["0.3"][key]
+            assert noisy[0] == pytest.approx(noisy[1], rel=1e-9)
         assert other["latent"].pop("shape") == [16, 2, 2]
         assert other["latent"] == pytest.approx(results[0]["latent"], rel=1e-9)
 
@@ -216,6 +220,29 @@ def test_a_drawn_latent_is_the_same_at_any_batch_size_and_differs_from_the_mean(
 
     one, two, mean = psnr(3, "--sample"), psnr(16, "--sample"), psnr(16)
     assert one == pytest.approx(two, abs=1e-4) and abs(one - mean) > 1e-3
+
+
+def test_scores_under_noise_are_those_of_noisy_latents_at_any_batch_size(
+        photos, checkpoint, tmp_path, capsys):
+    """Against the equation: PSNR of decode(z + tau std eps), eps the normal stream of seed 1."""
+    def noisy(batch):
+        return run(checkpoint, "--data", photos, *NO_NETS, "--out", tmp_path / "a.json", "--size", 32,
+                   "--workers", 0, "--batch", batch, "--latent-noise", 1, 10)
+
+    got, x, model = noisy(5), pixels(photos), SAE.from_pretrained(checkpoint)
+    assert [*got["latent_noise"]] == ["1.0", "10.0"] and "psnr 10.0" in capsys.readouterr().out
+    with torch.no_grad():
+        z = model.encode(x / 127.5 - 1).mode()
+        eps = philox_normal(z.numel(), 1).view(z.shape)
+        for tau in 1.0, 10.0:
+            y = model.decode(z + tau * z.std((0, 2, 3), correction=0, keepdim=True) * eps)
+            psnr = [peak_signal_noise_ratio(*pair, data_range=255).item() for pair in zip(rounded(y), x)]
+            assert got["latent_noise"][str(tau)]["psnr"] == pytest.approx(np.mean(psnr), abs=1e-3)
+    assert abs(got["latent_noise"]["10.0"]["psnr"] - got["psnr"]) > 1e-2
+    again = noisy(16)
+    assert again["psnr"] == pytest.approx(got["psnr"], abs=1e-4)
+    for tau, scores in again["latent_noise"].items():
+        assert scores["psnr"] == pytest.approx(got["latent_noise"][tau]["psnr"], abs=1e-4)
 
 
 def test_what_the_probe_sees_of_a_peer_is_the_mean_at_any_batch_size():
