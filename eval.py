@@ -22,7 +22,8 @@ import os
 import re
 import runpy
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 import torchvision
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.models.inception import BasicConv2d, inception_v3
-from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
+from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop, ToPILImage
 from tqdm import tqdm
 
 from common import (LPIPS, Help, ImageFolder, center_crop, check_launcher, command, load_image, psnr,
@@ -51,6 +52,8 @@ PSNR_PROTOCOL = "RGB, range 255, mean over the images that do not come back exac
 LPIPS_PROTOCOL = "{lpips_net}, version 0.1"     # common.LPIPS
 SSIM_PROTOCOL = "11 taps, sigma 1.5, per channel, reflect padding, full map"
 NOISE_PROTOCOL = "decoded from z + tau std eps, std per channel over these images"
+FD_PROTOCOL = ("features before the head, fp32, bicubic antialiased resize to {input_size}, mean {mean}, std "
+               "{std}; those of a DINO flatter a DINO autoencoder")
 FID_PROTOCOL = "{fid_dims} features of {inception.name}, {fid_resize} resize to 299, fp32"
 
 
@@ -88,7 +91,8 @@ class FIDInception(nn.Module):
         layers = OrderedDict(inception.named_children())
         while next(reversed(layers)) != last:
             layers.popitem()
-        self.net, self.resize, self.dims = nn.Sequential(layers), resize, dims
+        self.net, self.resize = nn.Sequential(layers), resize
+        self.dims, self.protocol = dims, FID_PROTOCOL
         self.load(path, dims)
 
         for module in self.net.modules():
@@ -144,6 +148,28 @@ def tf1_resize(x, size=299):
     return x
 
 
+class TimmFeatures(nn.Module):
+    """A network of timm without its head: uint8 [B,3,H,W] -> features [B,dims] fp32.
+
+    spec: timm:NAME, timm:hf-hub:OWNER/NAME or timm:local-dir:FOLDER. ValueError when it cannot be loaded.
+    """
+
+    def __init__(self, spec):
+        super().__init__()
+        with loading(spec):
+            import timm
+            self.net = timm.create_model(spec.removeprefix("timm:"), pretrained=True, num_classes=0)
+        config = timm.data.resolve_model_data_config(self.net)
+        config |= {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic"}   # the whole image
+        self.transform, self.protocol = timm.data.create_transform(**config), FD_PROTOCOL.format(**config)
+        self.eval().requires_grad_(False)
+        self.dims = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
+
+    def forward(self, x):
+        images = [self.transform(ToPILImage()(image)) for image in x.cpu()]
+        return self.net(torch.stack(images).to(x.device))
+
+
 class Moments:
     """Mean and covariance of rows [n,D] that come in batches: n, sum x and sum x x^T in float64."""
 
@@ -194,10 +220,7 @@ def latent_mean_std(sums, n):
 
 @torch.no_grad()
 def score(model, folder, lpips, networks, args):
-    """PSNR, SSIM, LPIPS, Frechet distances and latent statistics over `folder`, in one pass.
-
-    networks: {name of the distance: uint8 [B,3,H,W] -> features [B,dims]}; the distances on rank 0 alone.
-    """
+    """PSNR, SSIM, LPIPS, latent statistics and, on rank 0, distances in networks' features, in one pass."""
     n, sums, latents, shape = len(folder), 0, 0, None
     real, fake = ({name: Moments(network.dims, model.device) for name, network in networks.items()}
                   for _ in range(2))
@@ -235,17 +258,14 @@ def score(model, folder, lpips, networks, args):
 
 
 def score_noisy(model, folder, networks, args):
-    """{tau: {"psnr", Frechet distances}} of decode(z + tau std eps), once `score` has found std [C].
-
-    How much of what a diffusion model gets wrong the decoder forgives.
-    """
+    """{"psnr TAU", "rfid TAU" ..} of decode(z + tau std eps): does it forgive a diffusion model's errors?"""
     result, std = {}, model.std
     for tau in args.latent_noise:
         model.noise = tau * std
         scores = score(model, folder, None, networks, args)
-        result[tau] = {key: scores.get(key) for key in ("psnr", *networks)}
+        result |= {f"{key} {tau}": scores.get(key) for key in ("psnr", *networks)}
     model.noise = None
-    return {"latent_noise": result} if result else {}
+    return result
 
 
 # ------------------------------------------------------------------ probe
@@ -255,7 +275,8 @@ RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2,
 PROBE_BATCH = 1024
 HOLD = 10                                       # every tenth training image only chooses the rate
 # Reading: DINOv3 chooses the rate on the images that it reports; here they have no say in it.
-PROBE_PROTOCOL = "linear, {probe}, {probe_iterations} iterations, rate chosen on a tenth of the training set"
+PROBE_PROTOCOL = ("linear, {probe}, {probe_iterations} iterations, rate chosen on a tenth of the training "
+                  "set, CLS of {probe_layers} last block(s) beside the mean patch token of the last")
 
 
 def probe(model, train, test, args, folder):
@@ -379,12 +400,13 @@ def choose(right, loss, n):
 def feature_file(model, crops, args, folder):
     """The features of all crops, a memory-mapped fp16 array [n,D+1] in `folder`, which all ranks must share.
 
-    Its name holds a hash of the files of weights and images (path, size, time), the crop and the device type.
-    It is used again while they agree; without an identity it is made anew. The last column is 1 in the rows
-    that are written, so that an interrupted pass goes on.
+    Its name holds a hash of the files of weights and images (path, size, time), kinds of feature, crop and
+    device type. It is used again while they agree; without an identity it is made anew. The last column is 1
+    in the rows that are written, so that an interrupted pass goes on.
     """
     images = [identity(path) for path in crops.files]
-    path = folder / f"features-{digest(model.identity, model.device.type, crops.size, images)}.npy"
+    key = digest(model.identity, model.kinds(), model.device.type, crops.size, images)
+    path = folder / f"features-{key}.npy"
 
     def zeros(file):
         shape = len(images), max(columns.stop for columns in model.kinds().values()) + 1
@@ -420,7 +442,13 @@ class Autoencoder:
     def __init__(self, name, model, encode, decode, args, device):
         self.name, self.model, self.encode, self.decode = name, model, encode, decode
         self.identity = identity(name) if isinstance(model, SAE) else None
-        self.sample, self.device, self.std, self.noise = args.sample, device, None, None
+        self.sample, self.layers, self.device = args.sample, args.probe_layers, device
+        self.std = self.noise = None
+        if isinstance(model, SAE):
+            blocks, self.cls = model.encoder.blocks, deque(maxlen=self.layers)
+            require(self.layers <= len(blocks), f"{name} has {len(blocks)} blocks: lower --probe-layers")
+            for block in blocks[-self.layers:]:
+                block.register_forward_hook(lambda _, x, out: self.cls.append(out[:, 0]))
         if isinstance(model, nn.Module):
             model.to(device).eval().requires_grad_(False)
             for key, t in model.state_dict().items():
@@ -454,15 +482,18 @@ class Autoencoder:
 
     @torch.no_grad()
     def features(self, x):
-        """What the probe sees, [B,D]: [CLS ; mean patch token ; mu] of S-AE, mu of others.
+        """What the probe sees, [B,D]: [CLS of the last blocks ; mean patch token ; mu] of S-AE, mu of others.
 
-        mu is the latent averaged over the positions, of the posterior's mean also under --sample.
+        As DINOv3 and VTP probe, each CLS comes under the final norm. mu is the latent averaged over the
+        positions, of the posterior's mean also under --sample.
         """
         if not isinstance(self.model, SAE):
             q = self.encode(x)
             return (q.mode() if isinstance(q, Posterior) else q).flatten(2).mean(2)      # [B,C]
-        cls, _, patches = self.model.encoder(x)                                          # [B,D], [B,h w,D]
-        h, w = (side // self.model.encoder.patch for side in x.shape[2:])
+        encoder = self.model.encoder
+        patches = encoder(x)[2]                                                          # [B,h w,D]
+        cls = encoder.norm(torch.stack([*self.cls], 1)).flatten(1)                       # [B,layers D]
+        h, w = (side // encoder.patch for side in x.shape[2:])
         mu = self.model.posterior(patches, h, w).mu.mean((2, 3))                         # [B,z_dim]
         return torch.cat([cls, patches.mean(1), mu], 1)
 
@@ -472,7 +503,8 @@ class Autoencoder:
             return {"mu": slice(0, len(self.std))}
         # The teacher's MSE holds the patch tokens alone and CLS may drift: they also stand by themselves.
         D, z_dim = self.model.config.encoder.width, self.model.config.z_dim
-        return {"cls+patch": slice(0, 2 * D), "patch": slice(D, 2 * D), "mu": slice(2 * D, 2 * D + z_dim)}
+        patch, mu = self.layers * D, (self.layers + 1) * D                               # where they begin
+        return {"cls+patch": slice(0, mu), "patch": slice(patch, mu), "mu": slice(mu, mu + z_dim)}
 
     def embed(self, images, batch):
         """Features [B,D] fp32 of uint8 [B,S,S,3], `batch` images at a time; the encoder in bf16 on a GPU."""
@@ -497,15 +529,22 @@ def load_model(spec, args, device):
     return Autoencoder(spec, model, encode, decode, args, device)
 
 
-def load_diffusers(spec):
-    """(model, encode, decode): SD-VAE and its like (AutoencoderKL), DC-AE or R-AE, by hub name or folder."""
+@contextmanager
+def loading(spec):
+    """One sentence where another library cannot load `spec`."""
     try:
-        import diffusers
-        model = diffusers.AutoModel.from_pretrained(spec.removeprefix("diffusers:"))
+        yield
     except ImportError as error:
         raise ValueError(f"{spec} needs this project's extra `peers`: {error}") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"diffusers cannot load {spec}: {' '.join(str(error).split())}") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"cannot load {spec}: {' '.join(str(error).split())}") from error
+
+
+def load_diffusers(spec):
+    """(model, encode, decode): SD-VAE and its like (AutoencoderKL), DC-AE or R-AE, by hub name or folder."""
+    with loading(spec):
+        import diffusers
+        model = diffusers.AutoModel.from_pretrained(spec.removeprefix("diffusers:"))
 
     ways = {
         "AutoencoderKL": (lambda x: Posterior(*model.encode(x).latent_dist.parameters.chunk(2, 1)),
@@ -629,11 +668,12 @@ def options(argv):
     p.add_argument("--fid-resize", default="tf1", choices=["tf1", "torch"], help="torch: pytorch-fid's")
     p.add_argument("--inception", type=Path, metavar="FILE",
                    default="weights/pt_inception-2015-12-05-6726825d.pth", help="its weights")
-    p.add_argument("--latent-noise", type=float, nargs="+", default=[], metavar="TAU",
-                   help="score also what is decoded from latents with noise of TAU std")
+    p.add_argument("--fd", nargs="+", default=[], metavar="timm:NAME", help="distance in its features, too")
+    p.add_argument("--latent-noise", type=float, nargs="+", default=[], metavar="TAU", help="of so many std")
     p.add_argument("--lpips-net", default="vgg", choices=["vgg", "alex", "squeeze"], help="LPIPS' trunk")
     p.add_argument("--lpips-weights", default="weights/vgg16-397923af.pth", metavar="FILE", help="its file")
     p.add_argument("--probe", default="full", choices=["full", "cached"], help="on random or on centre crops")
+    p.add_argument("--probe-layers", type=int, default=1, choices=[1, 4], help="it sees so many blocks' CLS")
     p.add_argument("--probe-iterations", type=count, default=12500, help="of the probe's training")
     p.add_argument("--batch", type=count, default=32, help="images at a time on each device")
     p.add_argument("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="for each device")
@@ -700,12 +740,14 @@ def score_all(args, device):
         lpips = LPIPS(args.lpips_net, args.lpips_weights).to(device)
     if "fid" not in args.skip:
         networks["rfid"] = FIDInception(args.inception, args.fid_dims, args.fid_resize).to(device)
+    for spec in args.fd:
+        networks[f"fd {spec.removeprefix('timm:')}"] = TimmFeatures(spec).to(device)
 
     rows = []
     try:
         for spec, out in zip(args.models, outputs):
             model = load_model(spec, args, device)
-            row = {"model": spec, "identity": model.identity, "protocol": protocol(model, args)}
+            row = {"model": spec, "identity": model.identity, "protocol": protocol(model, networks, args)}
             row |= score(model, test, lpips, networks, args)
             row |= score_noisy(model, test, networks, args)
             rows.append(row)
@@ -740,14 +782,15 @@ def write_grid(path, model, folder, size):
     save_grid(path, x, y, (x - y).abs() - 1)    # -1 is black
 
 
-def protocol(model, args):
+def protocol(model, networks, args):
     """What the numbers mean: printed under the table and kept in the JSON."""
     z = "drawn from the posterior" if args.sample else "the posterior's mean, where there is a posterior"
     precision = "bf16" if model.device.type == "cuda" else "fp32"
     crops = {"full": "random crops", "cached": "centre crops, features kept in fp16"}[args.probe]
     lines = {"images": IMAGES_PROTOCOL, "model": f"z {z}, fp32; of an S-AE the EMA weights",
-             "psnr": PSNR_PROTOCOL, "ssim": SSIM_PROTOCOL, "lpips": LPIPS_PROTOCOL, "fid": FID_PROTOCOL,
+             "psnr": PSNR_PROTOCOL, "ssim": SSIM_PROTOCOL, "lpips": LPIPS_PROTOCOL,
              "probe": PROBE_PROTOCOL, "noise": NOISE_PROTOCOL,
+             **{name: network.protocol for name, network in networks.items()},
              "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}"}
     known = vars(args) | {"probe": f"on {crops}, {precision} encoder"}
     left_out = args.skip if args.latent_noise else args.skip | {"noise"}
@@ -755,15 +798,11 @@ def protocol(model, args):
 
 
 def print_scores(rows):
+    table = [row | {f"probe {kind}": right for kind, right in row.get("probe", {}).items()} for row in rows]
     columns = {"images": 0, "probe cls+patch": 2, "probe patch": 2, "probe mu": 2, "psnr": 2, "ssim": 4,
                "lpips": 4, "rfid": 3} | ({"exact": 0} if any(row["exact"] for row in rows) else {})
-    table = []
-    for row in rows:
-        probes = {f"probe {kind}": right for kind, right in row.get("probe", {}).items()}
-        noisy = {f"{name} {tau}": value for tau, scores in row.get("latent_noise", {}).items()
-                 for name, value in scores.items()}
-        table.append(row | probes | noisy)
-        columns |= {name: 2 if name.startswith("psnr") else 3 for name in noisy}
+    more = [key for row in rows for key in row if key.startswith(("fd ", "psnr ", "rfid "))]
+    columns |= {key: 2 if key.startswith("psnr") else 3 for key in more}
     print_table(table, columns)
     for line in [row["warning"] for row in rows if "warning" in row]:
         print(" ", line)

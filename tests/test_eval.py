@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import lpips
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 from PIL import Image, PngImagePlugin, TiffImagePlugin
@@ -28,7 +29,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from timm.models import save_for_hf
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 import eval as E
 from common import ImageFolder, center_crop
@@ -66,9 +69,10 @@ def halves(photos, tmp_path_factory):
     return link_halves(photos, tmp_path_factory.mktemp("halves"))
 
 
-def small_sae(path, seed=0, **changes):
+def small_sae(path, seed=0, depth=1, **changes):
     torch.manual_seed(seed)
-    encoder = DINOv3Config(width=64, depth=1, head_dim=64, hidden=64, gated=False, qkv_bias=True, registers=4)
+    encoder = DINOv3Config(width=64, depth=depth, head_dim=64, hidden=64, gated=False, qkv_bias=True,
+                           registers=4)
     config = SAEConfig(encoder=encoder, z_dim=16, widths=(16, 16, 16, 8, 8), blocks=1, **changes)
     weights = SAE(config).state_dict()
     torch.save({"version": CHECKPOINT_VERSION, "config": asdict(config), "args": {}, "step": 0,
@@ -188,11 +192,8 @@ def test_numbers_do_not_depend_on_ranks_or_workers(photos, checkpoint, stem_file
     assert results[0]["latent"].pop("shape")
     for other in results[1:]:
         assert other["images"] == 42
-        for key in ("rfid", "psnr", "ssim", "probe"):
+        for key in ("rfid", "psnr", "ssim", "probe", "psnr 0.3", "rfid 0.3"):
             assert other[key] == pytest.approx(results[0][key], rel=1e-9), key
-        for key in ("psnr", "rfid"):
-            noisy = other["latent_noise"]["0.3"][key], results[0]["latent_noise"]["0.3"][key]
-            assert noisy[0] == pytest.approx(noisy[1], rel=1e-9)
         assert other["latent"].pop("shape") == [16, 2, 2]
         assert other["latent"] == pytest.approx(results[0]["latent"], rel=1e-9)
 
@@ -230,19 +231,18 @@ def test_scores_under_noise_are_those_of_noisy_latents_at_any_batch_size(
                    "--workers", 0, "--batch", batch, "--latent-noise", 1, 10)
 
     got, x, model = noisy(5), pixels(photos), SAE.from_pretrained(checkpoint)
-    assert [*got["latent_noise"]] == ["1.0", "10.0"] and "psnr 10.0" in capsys.readouterr().out
+    assert "psnr 10.0" in capsys.readouterr().out
     with torch.no_grad():
         z = model.encode(x / 127.5 - 1).mode()
         eps = philox_normal(z.numel(), 1).view(z.shape)
         for tau in 1.0, 10.0:
             y = model.decode(z + tau * z.std((0, 2, 3), correction=0, keepdim=True) * eps)
             psnr = [peak_signal_noise_ratio(*pair, data_range=255).item() for pair in zip(rounded(y), x)]
-            assert got["latent_noise"][str(tau)]["psnr"] == pytest.approx(np.mean(psnr), abs=1e-3)
-    assert abs(got["latent_noise"]["10.0"]["psnr"] - got["psnr"]) > 1e-2
+            assert got[f"psnr {tau}"] == pytest.approx(np.mean(psnr), abs=1e-3)
+    assert abs(got["psnr 10.0"] - got["psnr"]) > 1e-2
     again = noisy(16)
-    assert again["psnr"] == pytest.approx(got["psnr"], abs=1e-4)
-    for tau, scores in again["latent_noise"].items():
-        assert scores["psnr"] == pytest.approx(got["latent_noise"][tau]["psnr"], abs=1e-4)
+    for key in "psnr", "psnr 1.0", "psnr 10.0":
+        assert again[key] == pytest.approx(got[key], abs=1e-4)
 
 
 def test_what_the_probe_sees_of_a_peer_is_the_mean_at_any_batch_size():
@@ -252,10 +252,58 @@ def test_what_the_probe_sees_of_a_peer_is_the_mean_at_any_batch_size():
     def decode(z):
         return F.interpolate(z, scale_factor=16.)
 
-    model = E.Autoencoder("peer", None, encode, decode, SimpleNamespace(sample=True), torch.device("cpu"))
+    args = SimpleNamespace(sample=True, probe_layers=1)
+    model = E.Autoencoder("peer", None, encode, decode, args, torch.device("cpu"))
     x = torch.rand(6, 3, 32, 32)
     torch.testing.assert_close(model.features(x), x.mean((2, 3)))
     torch.testing.assert_close(torch.cat([model.features(part) for part in x.split(2)]), model.features(x))
+
+
+@pytest.fixture(scope="session")
+def timm_folder(tmp_path_factory):
+    """A small ViT of timm, random, saved by timm itself, with a size, mean and std of its own."""
+    torch.manual_seed(0)
+    shape = dict(img_size=48, embed_dim=64, depth=2, num_heads=2)
+    net = timm.create_model("vit_tiny_patch16_224", num_classes=7, **shape)
+    folder = tmp_path_factory.mktemp("timm")
+    own = {"input_size": (3, 48, 48), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "crop_pct": 0.9}
+    net.pretrained_cfg.update(own)
+    save_for_hf(net, folder, model_args=shape, safe_serialization=True)
+    return folder
+
+
+def test_features_of_a_timm_network_are_those_of_timms_own_transform_and_forward(photos, timm_folder):
+    network = E.TimmFeatures(f"timm:local-dir:{timm_folder}")
+    oracle = timm.create_model(f"local-dir:{timm_folder}", pretrained=True).eval()
+    transform = timm.data.create_transform((3, 48, 48), interpolation="bicubic", mean=(0.4, 0.5, 0.6),
+                                           std=(0.2, 0.3, 0.4), crop_pct=1.0)
+    x = pixels(photos)[:5].byte()
+    images = torch.stack([transform(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in x])
+    assert images.shape == (5, 3, 48, 48) and network.dims == 64
+    with torch.no_grad():
+        theirs = oracle.forward_head(oracle.forward_features(images), pre_logits=True)
+        torch.testing.assert_close(network(x), theirs)
+    assert "resize to (3, 48, 48), mean [0.4, 0.5, 0.6], std [0.2, 0.3, 0.4]" in network.protocol
+
+
+def test_a_distance_in_a_timm_networks_features_stands_beside_rfid(
+        photos, checkpoint, stem_file, timm_folder, tmp_path, capsys):
+    words = [checkpoint, "--data", photos, "--skip", "lpips,probe", "--fid-dims", 64, "--inception",
+             stem_file, "--fd", f"timm:local-dir:{timm_folder}", "--out", tmp_path / "a.json", *FAST]
+    got, name, features = run(*words), f"fd local-dir:{timm_folder}", []
+    sae, network = SAE.from_pretrained(checkpoint), E.TimmFeatures(f"timm:local-dir:{timm_folder}")
+    for x in pixels(photos).split(5):
+        with torch.no_grad():
+            y = rounded(sae.decode(sae.encode(x / 127.5 - 1).mode()))
+            features.append([network(images.byte()).double().numpy() for images in (x, y)])
+    gaussians = [f(rows) for rows in map(np.concatenate, zip(*features))
+                 for f in (lambda a: a.mean(0), lambda a: np.cov(a, rowvar=False))]
+    assert got[name] == pytest.approx(E.frechet_distance(*gaussians), rel=1e-6) and got["rfid"] > 0
+    printed = capsys.readouterr().out
+    assert name in printed and "flatter a DINO autoencoder" in printed
+    for spec in "timm:no_such_network", f"timm:local-dir:{tmp_path}":
+        words[words.index("--fd") + 1] = spec
+        assert f"cannot load {spec}" in refusal(*words)
 
 
 def test_too_few_images_for_fid_are_said_to_be(photos, checkpoint, stem_file, tmp_path, capsys):
@@ -406,6 +454,41 @@ def test_the_linear_probe_on_real_photos_is_within_a_point_of_sklearns_logistic_
         oracle = LogisticRegression(max_iter=5000).fit(x[kept][:, columns], np.array(train.labels)[kept])
         theirs = oracle.score(xt[:, columns], test.labels)
         assert abs(got["probe"][kind] - 100 * theirs) < 1, (kind, got["probe"], got["probe_rate"], theirs)
+
+
+def test_the_probe_of_four_layers_sees_what_dinov3s_and_vtps_do(tmp_path):
+    """Their create_linear_input: CLS of each of the last blocks, then the mean patch token of the last.
+
+    The oracle is transformers' DINOv3: the outputs of its layers under its norm.
+    """
+    torch.manual_seed(0)
+    oracle = DINOv3ViTModel(DINOv3ViTConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=6,
+                                            num_attention_heads=1, num_register_tokens=4)).eval()
+    oracle.save_pretrained(tmp_path)
+    encoder, x, outputs = DINOv3.from_pretrained(tmp_path), torch.rand(2, 3, 32, 48) * 2 - 1, []
+    for layer in [m for name, m in oracle.named_modules() if re.search(r"layer\.[0-5]$", name)][-4:]:
+        layer.register_forward_hook(lambda _, x, out: outputs.append(oracle.norm(out)))      # [2,1+4+6,64]
+    with torch.no_grad():
+        oracle((x - encoder.mean) / encoder.std)
+    expected = torch.cat([*(out[:, 0] for out in outputs), outputs[-1][:, 5:].mean(1)], 1)
+
+    model = SAE(SAEConfig(encoder.cfg, z_dim=8, widths=(8, 8, 8, 8, 8), blocks=1), encoder).eval()
+    args, device = SimpleNamespace(sample=False, probe_layers=4), torch.device("cpu")
+    model = E.Autoencoder(str(tmp_path), model, model.encode, model.decode, args, device)
+    for _ in range(2):                          # of this call's blocks
+        features, kinds = model.features(x), model.kinds()
+        torch.testing.assert_close(features[:, kinds["cls+patch"]], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(features[:, kinds["patch"]], features[:, 4 * 64:5 * 64])
+    torch.testing.assert_close(features[:, kinds["mu"]], model.encode(x).mu.mean((2, 3)))
+
+
+def test_the_number_of_layers_is_part_of_the_probe_and_its_cached_features(halves, checkpoint, tmp_path):
+    deep = small_sae(tmp_path / "deep.pt", depth=4)
+    words = [deep, *probing(halves), *CACHED, "--out", tmp_path / "a.json", *FAST]
+    one, four = run(*words), run(*words, "--probe-layers", "4")
+    assert one["probe"].keys() == four["probe"].keys() and "CLS of 4 last" in four["protocol"]["probe"]
+    assert len(list(tmp_path.glob("features-*"))) == 2
+    assert "has 1 blocks: lower --probe-layers" in refusal(checkpoint, *words[1:], "--probe-layers", "4")
 
 
 def probing(halves):
