@@ -222,8 +222,7 @@ def latent_mean_std(sums, n):
 def score(model, folder, lpips, networks, args):
     """PSNR, SSIM, LPIPS, latent statistics and, on rank 0, distances in networks' features, in one pass."""
     n, sums, latents, shape = len(folder), 0, 0, None
-    real, fake = ({name: Moments(network.dims, model.device) for name, network in networks.items()}
-                  for _ in range(2))
+    real, fake = ({name: Moments(net.dims, model.device) for name, net in networks.items()} for _ in range(2))
 
     for index, images, _ in batches(Crops(args.size, folder), shares(range(n), args.batch), args, "scores"):
         x = to_float(images.to(model.device, non_blocking=True))                         # [B,3,S,S]
@@ -236,9 +235,9 @@ def score(model, folder, lpips, networks, args):
         sums = sums + torch.stack([column.double().sum() for column in columns])
         latents = latents + latent_sums(z)
         shape = list(z.shape[1:])
-        for name, network in networks.items():
-            real[name].update(network(x8))
-            fake[name].update(network(y8))
+        for name, net in networks.items():
+            real[name].update(net(x8))
+            fake[name].update(net(y8))
 
     broken, exact, db, similarity, distance, kl = over_ranks(sums).tolist()
     require(not broken, f"{model.name} made NaN or Inf of {broken:.0f} of {n} images: no number would count")
@@ -252,16 +251,16 @@ def score(model, folder, lpips, networks, args):
     gaussians = {name: (*real[name].mean_cov(), *fake[name].mean_cov()) for name in networks}
     if RANK == 0:
         result |= {name: frechet_distance(*four) for name, four in gaussians.items()}
-    small = [f"{name} is unreliable: {n} images cannot fill a covariance of {network.dims} dimensions"
-             for name, network in networks.items() if n <= network.dims]
+    small = [f"{name} is unreliable: {n} images cannot fill a covariance of {net.dims} dimensions"
+             for name, net in networks.items() if n <= net.dims]
     return result | ({"warning": "; ".join(small)} if small else {})
 
 
 def score_noisy(model, folder, networks, args):
     """{"psnr TAU", "rfid TAU" ..} of decode(z + tau std eps): does it forgive a diffusion model's errors?"""
-    result, std = {}, model.std
+    result = {}
     for tau in args.latent_noise:
-        model.noise = tau * std
+        model.noise = tau * model.std
         scores = score(model, folder, None, networks, args)
         result |= {f"{key} {tau}": scores.get(key) for key in ("psnr", *networks)}
     model.noise = None
@@ -534,10 +533,8 @@ def loading(spec):
     """One sentence where another library cannot load `spec`."""
     try:
         yield
-    except ImportError as error:
-        raise ValueError(f"{spec} needs this project's extra `peers`: {error}") from error
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"cannot load {spec}: {' '.join(str(error).split())}") from error
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"cannot load {spec} (extra `peers`): {' '.join(str(error).split())}") from error
 
 
 def load_diffusers(spec):
@@ -668,19 +665,20 @@ def options(argv):
     p.add_argument("--fid-resize", default="tf1", choices=["tf1", "torch"], help="torch: pytorch-fid's")
     p.add_argument("--inception", type=Path, metavar="FILE",
                    default="weights/pt_inception-2015-12-05-6726825d.pth", help="its weights")
-    p.add_argument("--fd", nargs="+", default=[], metavar="timm:NAME", help="distance in its features, too")
-    p.add_argument("--latent-noise", type=float, nargs="+", default=[], metavar="TAU", help="of so many std")
+    p.add_argument("--fd", nargs="+", default=[], metavar="timm:NAME", help="distances in their features")
+    p.add_argument("--latent-noise", type=float, nargs="+", default=[], metavar="TAU",
+                   help="score decode(z + TAU std eps), too")
     p.add_argument("--lpips-net", default="vgg", choices=["vgg", "alex", "squeeze"], help="LPIPS' trunk")
     p.add_argument("--lpips-weights", default="weights/vgg16-397923af.pth", metavar="FILE", help="its file")
     p.add_argument("--probe", default="full", choices=["full", "cached"], help="on random or on centre crops")
-    p.add_argument("--probe-layers", type=int, default=1, choices=[1, 4], help="it sees so many blocks' CLS")
+    p.add_argument("--probe-layers", type=int, default=1, choices=[1, 4], help="blocks whose CLS it sees")
     p.add_argument("--probe-iterations", type=count, default=12500, help="of the probe's training")
     p.add_argument("--batch", type=count, default=32, help="images at a time on each device")
     p.add_argument("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="for each device")
     p.add_argument("--out", type=Path, metavar="PATH", help="JSON file (default beside the checkpoint)")
     p.add_argument("--shard", type=count, default=1024, help="latents in a file (1024: 0.7 GB)")
-    p.add_argument("--flip", action="store_true", help="--encode: of the mirrored images, too")
-    p.add_argument("--normalized", action="store_true", help="--decode: samples, by latents_stats.pt")
+    p.add_argument("--flip", action="store_true", help="--encode the mirrored images, too")
+    p.add_argument("--normalized", action="store_true", help="--decode z std + mean of latents_stats.pt")
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("--encode", type=Path, metavar="DIR", help="write its latents to --out DIR")
     mode.add_argument("--decode", type=Path, metavar="PATH", help="write the images of latents to --out DIR")
@@ -740,8 +738,7 @@ def score_all(args, device):
         lpips = LPIPS(args.lpips_net, args.lpips_weights).to(device)
     if "fid" not in args.skip:
         networks["rfid"] = FIDInception(args.inception, args.fid_dims, args.fid_resize).to(device)
-    for spec in args.fd:
-        networks[f"fd {spec.removeprefix('timm:')}"] = TimmFeatures(spec).to(device)
+    networks |= {f"fd {spec.removeprefix('timm:')}": TimmFeatures(spec).to(device) for spec in args.fd}
 
     rows = []
     try:
@@ -749,8 +746,8 @@ def score_all(args, device):
             model = load_model(spec, args, device)
             row = {"model": spec, "identity": model.identity, "protocol": protocol(model, networks, args)}
             row |= score(model, test, lpips, networks, args)
-            row |= score_noisy(model, test, networks, args)
             rows.append(row)
+            row |= score_noisy(model, test, networks, args)
             write_json(out, row | ({"unfinished": "probe"} if train else {}))
             if RANK == 0:
                 write_grid(out.with_suffix(".png"), model, test, args.size)
@@ -790,7 +787,7 @@ def protocol(model, networks, args):
     lines = {"images": IMAGES_PROTOCOL, "model": f"z {z}, fp32; of an S-AE the EMA weights",
              "psnr": PSNR_PROTOCOL, "ssim": SSIM_PROTOCOL, "lpips": LPIPS_PROTOCOL,
              "probe": PROBE_PROTOCOL, "noise": NOISE_PROTOCOL,
-             **{name: network.protocol for name, network in networks.items()},
+             **{name: net.protocol for name, net in networks.items()},
              "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}"}
     known = vars(args) | {"probe": f"on {crops}, {precision} encoder"}
     left_out = args.skip if args.latent_noise else args.skip | {"noise"}

@@ -116,10 +116,10 @@ def decode_files(model, args):
         stats = load_tensors(paths[0].with_name("latents_stats.pt"))
         require({"mean", "std"} <= stats.keys(), f"latents_stats.pt beside {paths[0]} has no mean and std")
         mean, std = stats["mean"], stats["std"]                                          # [1,C,1,1]
-    for path in paths[RANK::WORLD]:
-        images = metadata(path).get("images")
+    for images in {metadata(path).get("images", "") for path in paths}:
         if images and Path(images).is_dir():
             refuse_output_inside(args.out, ImageFolder(images))
+    for path in paths[RANK::WORLD]:
         decode_shard(model, path, mean, std, args)
 
 

@@ -303,7 +303,7 @@ def test_a_distance_in_a_timm_networks_features_stands_beside_rfid(
     assert name in printed and "flatter a DINO autoencoder" in printed
     for spec in "timm:no_such_network", f"timm:local-dir:{tmp_path}":
         words[words.index("--fd") + 1] = spec
-        assert f"cannot load {spec}" in refusal(*words)
+        assert f"cannot load {spec} (extra `peers`)" in refusal(*words)
 
 
 def test_too_few_images_for_fid_are_said_to_be(photos, checkpoint, stem_file, tmp_path, capsys):
