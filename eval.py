@@ -3,7 +3,7 @@
     python eval.py runs/stage2-reg100/last.pt                        # PSNR, SSIM, LPIPS, rFID, probe, picture
     python eval.py last.pt diffusers:stabilityai/sd-vae-ft-mse my.py:load     # the same table for peers
     torchrun --nproc_per_node 8 eval.py last.pt                      # the same numbers from 8 GPUs
-    python eval.py last.pt --encode DIR --out latents.safetensors    # for diffusion training; --decode back
+    python eval.py last.pt --encode DIR --out FOLDER                 # for diffusion training; --decode back
     python eval.py a.pt b.pt --overfit image.png                     # is a low latent loss a good image?
     python eval.py last.pt --export FOLDER                           # a model to publish
 
@@ -23,7 +23,8 @@ import os
 import re
 import runpy
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +36,12 @@ import torch.nn.functional as F
 import torchvision
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.models.inception import BasicConv2d, inception_v3
-from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
+from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop, ToPILImage
 from tqdm import tqdm
 
 from common import (LPIPS, Help, ImageFolder, center_crop, check_launcher, command, load_image, psnr,
                     refuse_output_inside, save_grid, to_float, to_uint8)
-from sae import SAE, Posterior
+from sae import SAE, Posterior, philox_normal
 from sae_weights import load_tensors, require, write
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
@@ -52,6 +53,9 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 PSNR_PROTOCOL = "RGB, range 255, mean over the images that do not come back exactly"
 LPIPS_PROTOCOL = "{lpips_net}, version 0.1"     # common.LPIPS
 SSIM_PROTOCOL = "11 taps, sigma 1.5, per channel, reflect padding, full map"
+NOISE_PROTOCOL = "decoded from z + tau std eps, std per channel over these images"
+FD_PROTOCOL = ("features before the head, fp32, bicubic antialiased resize to {input_size}, mean {mean}, std "
+               "{std}; those of a DINO flatter a DINO autoencoder")
 FID_PROTOCOL = "{fid_dims} features of {inception.name}, {fid_resize} resize to 299, fp32"
 
 
@@ -90,6 +94,7 @@ class FIDInception(nn.Module):
         while next(reversed(layers)) != last:
             layers.popitem()
         self.net, self.resize = nn.Sequential(layers), resize
+        self.dims, self.protocol = dims, FID_PROTOCOL
         self.load(path, dims)
 
         for module in self.net.modules():
@@ -145,6 +150,28 @@ def tf1_resize(x, size=299):
     return x
 
 
+class TimmFeatures(nn.Module):
+    """A network of timm without its head: uint8 [B,3,H,W] -> features [B,dims] fp32.
+
+    spec: timm:NAME, timm:hf-hub:OWNER/NAME or timm:local-dir:FOLDER. ValueError when it cannot be loaded.
+    """
+
+    def __init__(self, spec):
+        super().__init__()
+        with loading(spec):
+            import timm
+            self.net = timm.create_model(spec.removeprefix("timm:"), pretrained=True, num_classes=0)
+        config = timm.data.resolve_model_data_config(self.net)
+        config |= {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic"}   # the whole image
+        self.transform, self.protocol = timm.data.create_transform(**config), FD_PROTOCOL.format(**config)
+        self.eval().requires_grad_(False)
+        self.dims = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
+
+    def forward(self, x):
+        images = [self.transform(ToPILImage()(image)) for image in x.cpu()]
+        return self.net(torch.stack(images).to(x.device))
+
+
 class Moments:
     """Mean and covariance of rows [n,D] that come in batches: n, sum x and sum x x^T in float64."""
 
@@ -194,11 +221,10 @@ def latent_mean_std(sums, n):
 
 
 @torch.no_grad()
-def score(model, folder, lpips, inception, args):
-    """PSNR, SSIM, LPIPS, rFID and latent statistics over `folder`, in one pass; rFID on rank 0 alone."""
+def score(model, folder, lpips, networks, args):
+    """PSNR, SSIM, LPIPS, latent statistics and, on rank 0, distances in networks' features, in one pass."""
     n, sums, latents, shape = len(folder), 0, 0, None
-    if inception:
-        real, fake = Moments(args.fid_dims, model.device), Moments(args.fid_dims, model.device)
+    real, fake = ({name: Moments(net.dims, model.device) for name, net in networks.items()} for _ in range(2))
 
     for index, images, _ in batches(Crops(args.size, folder), shares(range(n), args.batch), args, "scores"):
         x = to_float(images.to(model.device, non_blocking=True))                         # [B,3,S,S]
@@ -211,26 +237,35 @@ def score(model, folder, lpips, inception, args):
         sums = sums + torch.stack([column.double().sum() for column in columns])
         latents = latents + latent_sums(z)
         shape = list(z.shape[1:])
-        if inception:
-            real.update(inception(x8))
-            fake.update(inception(y8))
+        for name, net in networks.items():
+            real[name].update(net(x8))
+            fake[name].update(net(y8))
 
     broken, exact, db, similarity, distance, kl = over_ranks(sums).tolist()
     require(not broken, f"{model.name} made NaN or Inf of {broken:.0f} of {n} images: no number would count")
     result = {"images": n, "exact": int(exact), "psnr": db / (n - exact) if exact < n else None,
               "ssim": similarity / n} | ({"lpips": distance / n} if lpips else {})
     mean, std = latent_mean_std(latents, n)
-    model.channels = len(mean)                  # for the probe, also on a rank that has seen no image
+    model.std = std                             # also on a rank that has seen no image
     # std: the root mean square of the channels'
     result["latent"] = {"shape": shape, "mean": mean.mean().item(), "std": std.square().mean().sqrt().item(),
                         "std_min": std.min().item(), "std_max": std.max().item(), "kl": kl / n}
-    if inception:
-        gaussians = *real.mean_cov(), *fake.mean_cov()
-        if RANK == 0:
-            result["rfid"] = frechet_distance(*gaussians)
-        if n <= args.fid_dims:
-            result["warning"] = (f"rFID is unreliable: {n} images cannot fill a covariance of "
-                                 f"{args.fid_dims} dimensions")
+    gaussians = {name: (*real[name].mean_cov(), *fake[name].mean_cov()) for name in networks}
+    if RANK == 0:
+        result |= {name: frechet_distance(*four) for name, four in gaussians.items()}
+    small = [f"{name} is unreliable: {n} images cannot fill a covariance of {net.dims} dimensions"
+             for name, net in networks.items() if n <= net.dims]
+    return result | ({"warning": "; ".join(small)} if small else {})
+
+
+def score_noisy(model, folder, networks, args):
+    """{"psnr TAU", "rfid TAU" ..} of decode(z + tau std eps): does it forgive a diffusion model's errors?"""
+    result = {}
+    for tau in args.latent_noise:
+        model.noise = tau * model.std
+        scores = score(model, folder, None, networks, args)
+        result |= {f"{key} {tau}": scores.get(key) for key in ("psnr", *networks)}
+    model.noise = None
     return result
 
 
@@ -241,7 +276,8 @@ RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2,
 PROBE_BATCH = 1024
 HOLD = 10                                       # every tenth training image only chooses the rate
 # Reading: DINOv3 chooses the rate on the images that it reports; here they have no say in it.
-PROBE_PROTOCOL = "linear, {probe}, {probe_iterations} iterations, rate chosen on a tenth of the training set"
+PROBE_PROTOCOL = ("linear, {probe}, {probe_iterations} iterations, rate chosen on a tenth of the training "
+                  "set, CLS of {probe_layers} last block(s) beside the mean patch token of the last")
 
 
 def probe(model, train, test, args, folder):
@@ -365,12 +401,13 @@ def choose(right, loss, n):
 def feature_file(model, crops, args, folder):
     """The features of all crops, a memory-mapped fp16 array [n,D+1] in `folder`, which all ranks must share.
 
-    Its name holds a hash of the files of weights and images (path, size, time), the crop and the device type.
-    It is used again while they agree; without an identity it is made anew. The last column is 1 in the rows
-    that are written, so that an interrupted pass goes on.
+    Its name holds a hash of the files of weights and images (path, size, time), kinds of feature, crop and
+    device type. It is used again while they agree; without an identity it is made anew. The last column is 1
+    in the rows that are written, so that an interrupted pass goes on.
     """
     images = [identity(path) for path in crops.files]
-    path = folder / f"features-{digest(model.identity, model.device.type, crops.size, images)}.npy"
+    key = digest(model.identity, model.kinds(), model.device.type, crops.size, images)
+    path = folder / f"features-{key}.npy"
 
     def zeros(file):
         shape = len(images), max(columns.stop for columns in model.kinds().values()) + 1
@@ -399,13 +436,20 @@ class Autoencoder:
 
     encode: x [B,3,S,S] in [-1,1] -> z [B,C,...] or a Posterior of it; decode: z -> xhat [B,3,S,S].
     identity: of its file; None for an object from FILE.py or diffusers, whose weights may change unseen.
-    channels: C, known after `score`. Raises ValueError for weights that are not finite and wrong shapes.
+    std: [C] of z, known after `score`. noise: None, or [C], the deviation of noise that z gets before it is
+    decoded. Raises ValueError for weights that are not finite and wrong shapes.
     """
 
     def __init__(self, name, model, encode, decode, args, device):
         self.name, self.model, self.encode, self.decode = name, model, encode, decode
         self.identity = identity(name) if isinstance(model, SAE) else None
-        self.sample, self.device, self.channels = args.sample, device, None
+        self.sample, self.layers, self.device = args.sample, args.probe_layers, device
+        self.std = self.noise = None
+        if isinstance(model, SAE):
+            blocks, self.cls = model.encoder.blocks, deque(maxlen=self.layers)
+            require(self.layers <= len(blocks), f"{name} has {len(blocks)} blocks: lower --probe-layers")
+            for block in blocks[-self.layers:]:
+                block.register_forward_hook(lambda _, x, out: self.cls.append(out[:, 0]))
         if isinstance(model, nn.Module):
             model.to(device).eval().requires_grad_(False)
             for key, t in model.state_dict().items():
@@ -428,32 +472,40 @@ class Autoencoder:
     def reconstruct(self, x, first=0):
         """x [B,3,H,W] in [-1,1] -> z and KL as from `latent`, xhat [B,3,H,W]."""
         z, kl = self.latent(x, first)
-        xhat = self.decode(z)
+        if self.noise is None:
+            xhat = self.decode(z)
+        else:                                   # seed 0 is that of --sample
+            eps = philox_normal(z.numel(), 1, first * z[0].numel(), z.device).view(z.shape)
+            xhat = self.decode(z + eps * self.noise.to(z).view(-1, *[1] * (z.dim() - 2)))
         require(torch.is_tensor(xhat) and xhat.shape == x.shape,
                 f"{self.name} does not give {list(x.shape)} back: pass the --size that it was made for")
         return z, kl, xhat
 
     @torch.no_grad()
     def features(self, x):
-        """What the probe sees, [B,D]: [CLS ; mean patch token ; mu] of S-AE, mu of others.
+        """What the probe sees, [B,D]: [CLS of the last blocks ; mean patch token ; mu] of S-AE, mu of others.
 
-        mu is the latent averaged over the positions, of the posterior's mean also under --sample.
+        As DINOv3 and VTP probe, each CLS comes under the final norm. mu is the latent averaged over the
+        positions, of the posterior's mean also under --sample.
         """
         if not isinstance(self.model, SAE):
             q = self.encode(x)
             return (q.mode() if isinstance(q, Posterior) else q).flatten(2).mean(2)      # [B,C]
-        cls, _, patches = self.model.encoder(x)                                          # [B,D], [B,h w,D]
-        h, w = (side // self.model.encoder.patch for side in x.shape[2:])
+        encoder = self.model.encoder
+        patches = encoder(x)[2]                                                          # [B,h w,D]
+        cls = encoder.norm(torch.stack([*self.cls], 1)).flatten(1)                       # [B,layers D]
+        h, w = (side // encoder.patch for side in x.shape[2:])
         mu = self.model.posterior(patches, h, w).mu.mean((2, 3))                         # [B,z_dim]
         return torch.cat([cls, patches.mean(1), mu], 1)
 
     def kinds(self):
         """{kind of feature: its columns of `features`}."""
         if not isinstance(self.model, SAE):
-            return {"mu": slice(0, self.channels)}
+            return {"mu": slice(0, len(self.std))}
         # The teacher's MSE holds the patch tokens alone and CLS may drift: they also stand by themselves.
         D, z_dim = self.model.config.encoder.width, self.model.config.z_dim
-        return {"cls+patch": slice(0, 2 * D), "patch": slice(D, 2 * D), "mu": slice(2 * D, 2 * D + z_dim)}
+        patch, mu = self.layers * D, (self.layers + 1) * D                               # where they begin
+        return {"cls+patch": slice(0, mu), "patch": slice(patch, mu), "mu": slice(mu, mu + z_dim)}
 
     def embed(self, images, batch):
         """Features [B,D] fp32 of uint8 [B,S,S,3], `batch` images at a time; the encoder in bf16 on a GPU."""
@@ -478,15 +530,20 @@ def load_model(spec, args, device):
     return Autoencoder(spec, model, encode, decode, args, device)
 
 
+@contextmanager
+def loading(spec):
+    """One sentence where another library cannot load `spec`."""
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"cannot load {spec} (extra `peers`): {' '.join(str(error).split())}") from error
+
+
 def load_diffusers(spec):
     """(model, encode, decode): SD-VAE and its like (AutoencoderKL), DC-AE or R-AE, by hub name or folder."""
-    try:
+    with loading(spec):
         import diffusers
         model = diffusers.AutoModel.from_pretrained(spec.removeprefix("diffusers:"))
-    except ImportError as error:
-        raise ValueError(f"{spec} needs this project's extra `peers`: {error}") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"diffusers cannot load {spec}: {' '.join(str(error).split())}") from error
 
     ways = {
         "AutoencoderKL": (lambda x: Posterior(*model.encode(x).latent_dist.parameters.chunk(2, 1)),
@@ -610,17 +667,23 @@ def options(argv):
     p.add_argument("--fid-resize", default="tf1", choices=["tf1", "torch"], help="torch: pytorch-fid's")
     p.add_argument("--inception", type=Path, metavar="FILE",
                    default="weights/pt_inception-2015-12-05-6726825d.pth", help="its weights")
+    p.add_argument("--fd", nargs="+", default=[], metavar="timm:NAME", help="distances in their features")
+    p.add_argument("--latent-noise", type=float, nargs="+", default=[], metavar="TAU",
+                   help="score decode(z + TAU std eps), too")
     p.add_argument("--lpips-net", default="vgg", choices=["vgg", "alex", "squeeze"], help="LPIPS' trunk")
     p.add_argument("--lpips-weights", default="weights/vgg16-397923af.pth", metavar="FILE", help="its file")
     p.add_argument("--probe", default="full", choices=["full", "cached"], help="on random or on centre crops")
+    p.add_argument("--probe-layers", type=int, default=1, choices=[1, 4], help="blocks whose CLS it sees")
     p.add_argument("--probe-iterations", type=count, default=12500, help="of the probe's training")
     p.add_argument("--batch", type=count, default=32, help="images at a time on each device")
     p.add_argument("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="for each device")
     p.add_argument("--out", type=Path, metavar="PATH", help="JSON file (default beside the checkpoint)")
     p.add_argument("--shard", type=count, default=1024, help="latents in a file (1024: 0.7 GB)")
+    p.add_argument("--flip", action="store_true", help="--encode the mirrored images, too")
+    p.add_argument("--normalized", action="store_true", help="--decode z std + mean of latents_stats.pt")
     mode = p.add_mutually_exclusive_group()
-    mode.add_argument("--encode", type=Path, metavar="DIR", help="write its latents to --out FILE")
-    mode.add_argument("--decode", type=Path, metavar="FILE", help="write the images of latents to --out DIR")
+    mode.add_argument("--encode", type=Path, metavar="DIR", help="write its latents to --out DIR")
+    mode.add_argument("--decode", type=Path, metavar="PATH", help="write the images of latents to --out DIR")
     mode.add_argument("--export", type=Path, metavar="FOLDER", help="write the model there, to publish it")
     mode.add_argument("--overfit", metavar="IMAGE", help="train a DiT on its latent; --out DIR")
     p.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the weights of --export")
@@ -637,7 +700,7 @@ def options(argv):
     if args.export and len(args.models) > 1:
         p.error("--export takes one model")
     if (args.encode or args.decode) and not args.out:
-        p.error("--encode needs --out FILE.safetensors, --decode needs --out DIR")
+        p.error("--encode and --decode need --out DIR")
     if len(args.models) > 1 and args.out and not args.overfit:
         p.error("--out goes with one model: drop the option, or name the models one by one")
     for spec in args.models:
@@ -686,7 +749,7 @@ def export(args):
 
 def score_all(args, device):
     """Score every model on the command line: a JSON and a picture for each, one table at the end."""
-    test, train, lpips, inception = ImageFolder(args.data), None, None, None
+    test, train, lpips, networks = ImageFolder(args.data), None, None, {}
     if "probe" not in args.skip:
         train = ImageFolder(args.train, option="--train, or --skip probe")
         check_probe(train, test)
@@ -696,15 +759,17 @@ def score_all(args, device):
     if "lpips" not in args.skip:
         lpips = LPIPS(args.lpips_net, args.lpips_weights).to(device)
     if "fid" not in args.skip:
-        inception = FIDInception(args.inception, args.fid_dims, args.fid_resize).to(device)
+        networks["rfid"] = FIDInception(args.inception, args.fid_dims, args.fid_resize).to(device)
+    networks |= {f"fd {spec.removeprefix('timm:')}": TimmFeatures(spec).to(device) for spec in args.fd}
 
     rows = []
     try:
         for spec, out in zip(args.models, outputs):
             model = load_model(spec, args, device)
-            row = {"model": spec, "identity": model.identity, "protocol": protocol(model, args)}
-            row |= score(model, test, lpips, inception, args)
+            row = {"model": spec, "identity": model.identity, "protocol": protocol(model, networks, args)}
+            row |= score(model, test, lpips, networks, args)
             rows.append(row)
+            row |= score_noisy(model, test, networks, args)
             write_json(out, row | ({"unfinished": "probe"} if train else {}))
             if RANK == 0:
                 write_grid(out.with_suffix(".png"), model, test, args.size)
@@ -736,23 +801,27 @@ def write_grid(path, model, folder, size):
     save_grid(path, x, y, (x - y).abs() - 1)    # -1 is black
 
 
-def protocol(model, args):
+def protocol(model, networks, args):
     """What the numbers mean: printed under the table and kept in the JSON."""
     z = "drawn from the posterior" if args.sample else "the posterior's mean, where there is a posterior"
     precision = "bf16" if model.device.type == "cuda" else "fp32"
     crops = {"full": "random crops", "cached": "centre crops, features kept in fp16"}[args.probe]
     lines = {"images": IMAGES_PROTOCOL, "model": f"z {z}, fp32; of an S-AE the EMA weights",
-             "psnr": PSNR_PROTOCOL, "ssim": SSIM_PROTOCOL, "lpips": LPIPS_PROTOCOL, "fid": FID_PROTOCOL,
-             "probe": PROBE_PROTOCOL,
+             "psnr": PSNR_PROTOCOL, "ssim": SSIM_PROTOCOL, "lpips": LPIPS_PROTOCOL,
+             "probe": PROBE_PROTOCOL, "noise": NOISE_PROTOCOL,
+             **{name: net.protocol for name, net in networks.items()},
              "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}"}
     known = vars(args) | {"probe": f"on {crops}, {precision} encoder"}
-    return {key: line.format(**known) for key, line in lines.items() if key not in args.skip}
+    left_out = args.skip if args.latent_noise else args.skip | {"noise"}
+    return {key: line.format(**known) for key, line in lines.items() if key not in left_out}
 
 
 def print_scores(rows):
     table = [row | {f"probe {kind}": right for kind, right in row.get("probe", {}).items()} for row in rows]
     columns = {"images": 0, "probe cls+patch": 2, "probe patch": 2, "probe mu": 2, "psnr": 2, "ssim": 4,
                "lpips": 4, "rfid": 3} | ({"exact": 0} if any(row["exact"] for row in rows) else {})
+    more = [key for row in rows for key in row if key.startswith(("fd ", "psnr ", "rfid "))]
+    columns |= {key: 2 if key.startswith("psnr") else 3 for key in more}
     print_table(table, columns)
     for line in [row["warning"] for row in rows if "warning" in row]:
         print(" ", line)

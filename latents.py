@@ -1,6 +1,6 @@
 """The latent space in use: latents on disk for diffusion training, and a small DiT trained on them here.
 
-    python eval.py last.pt --encode DIR --out latents.safetensors    # --decode is the way back
+    python eval.py last.pt --encode DIR --out FOLDER                 # --decode is the way back
     python eval.py a.pt b.pt --overfit image.png                     # is a low latent loss a good image?
 
 Letters: B batch, C channels and h w positions of a latent; for the DiT a latent is N = h w tokens of n = C
@@ -8,6 +8,7 @@ channels, and d is its width.
 """
 import json
 import math
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from common import (ImageFolder, center_crop, load_image, psnr, refuse_output_in
                     to_uint8)
 from eval import (RANK, WORLD, Crops, batches, check_output, digest, identity, latent_mean_std, latent_sums,
                   load_model, print_table, to_json)
-from sae_weights import load_safetensors, require, save_safetensors, write
+from sae_weights import load_safetensors, load_tensors, require, save_safetensors, write
 
 
 def run(args, device):
@@ -29,74 +30,104 @@ def run(args, device):
     if args.overfit:
         overfit_all(args, device)
     else:
-        (encode_folder if args.encode else decode_file)(load_model(args.models[0], args, device), args)
+        (encode_folder if args.encode else decode_files)(load_model(args.models[0], args, device), args)
 
 
 # ------------------------------------------------------------------ latents on disk
 
 @torch.no_grad()
 def encode_folder(model, args):
-    """Latents of the images of --encode: OUT with `mean` and `std` [C], OUT-00000.safetensors .. beside it.
+    """Latents of the images of --encode in the folder --out, as LightningDiT's ImgLatentDataset reads them.
 
-    A shard holds z [n,C,h,w] fp16, labels [n] and, in its metadata, the files' names. One that is there, made
-    by the same weights from the same images and crop, is not made again. Each rank makes its own shards.
+    latents-00000.safetensors .. hold `latents` [n,C,h,w] fp16, `labels` [n] and, in the metadata, the files'
+    names; with --flip also `latents_flip` of the mirrored images, for which that loader asks at every second
+    item. latents_stats.pt holds `mean` and `std` [1,C,1,1] of `latents`, by which the loader normalises.
+    A shard that is there, made by the same weights from the same images and crop, is not made again. Each
+    rank makes its own shards.
     """
-    folder = ImageFolder(args.encode, option="--encode")
-    check_output(args.out, folder)
+    folder, stats = ImageFolder(args.encode, option="--encode"), args.out / "latents_stats.pt"
+    check_output(stats, folder)
+    crops, n = Crops(args.size, folder), len(folder)
     names = [str(Path(file).relative_to(args.encode)) for file in folder.files]
     images = [(name, *identity(file)[1:]) for name, file in zip(names, folder.files)]
-    key = digest(model.identity or model.name, args.size, args.sample, args.shard, images)
-    shards = [range(len(names))[i:i + args.shard] for i in range(0, len(names), args.shard)]
-    paths = [args.out.with_name(f"{args.out.stem}-{i:05}.safetensors") for i in range(len(shards))]
-    about, sums = {"key": key, "images": str(args.encode.absolute())}, 0
+    key = digest(model.identity or model.name, args.size, args.sample, args.shard, args.flip, images)
+    shards = [range(n)[i:i + args.shard] for i in range(0, n, args.shard)]
+    paths = [args.out / f"latents-{i:05}.safetensors" for i in range(len(shards))]
+    others = sorted(set(args.out.glob("*.safetensors")) - set(paths))
+    require(not others, f"{''.join(map(str, others[:1]))} is none of the {len(paths)} shards to be written, "
+                        "and would be read as one: move it away, or choose another --out")
 
+    announce(model, crops, n, args)
+    about, sums = {"key": key, "images": str(args.encode.absolute()), "model": model.name}, 0
     for shard, path in list(zip(shards, paths))[RANK::WORLD]:
         require(not path.exists() or metadata(path).get("key") == key,
-                f"{path} holds latents of another model, crop, --shard or images: delete it, or choose "
-                "another --out")
+                f"{path} holds latents of another model, crop, --shard, --flip or images: delete it, or "
+                "choose another --out")
         if path.exists() and model.identity:
-            z = load_safetensors(path)["z"]
+            z = load_safetensors(path)["latents"]
         else:                                   # also where the weights may have changed unseen
-            z = encode_crops(model, Crops(args.size, folder), shard, args, path.stem)
-            labels = torch.tensor(folder.labels[shard.start:shard.stop])
+            tensors = encode_crops(model, crops, shard, args, path.stem)
             own_names = json.dumps(names[shard.start:shard.stop])
-            save_safetensors({"z": z, "labels": labels}, path, about | {"names": own_names})
+            save_safetensors(tensors, path, about | {"names": own_names})
+            z = tensors["latents"]
         sums = sums + sum(map(latent_sums, z.split(args.batch)))
 
-    mean, std = latent_mean_std(sums, len(names))
+    mean, std = (t.float().view(1, -1, 1, 1) for t in latent_mean_std(sums, n))          # 2 x [1,C,1,1]
     if RANK == 0:
-        about |= {"model": model.name, "size": str(args.size), "shards": json.dumps([p.name for p in paths])}
-        save_safetensors({"mean": mean.float(), "std": std.float()}, args.out, about)
-        print(f"{args.out}: mean and std of {len(names)} latents in {len(paths)} shards beside it")
+        write(stats, lambda file: torch.save({"mean": mean, "std": std}, file))
+
+
+def announce(model, crops, n, args):
+    """Say, before hours of work, what n latents take on the disk, from the first image's."""
+    shape = encode_crops(model, crops, range(1), args, "first image")["latents"].shape[1:]
+    require(len(shape) == 3, f"{model.name} has latents {list(shape)}, but --encode is for [C,h,w]")
+    if RANK == 0:
+        size = 2 * n * shape.numel() * (1 + args.flip) / 1e9                             # of fp16
+        mirrored = ", and of the mirrored images" if args.flip else ""
+        print(f"{args.out}: {n} latents of {'x'.join(map(str, shape))}{mirrored}: {size:.3g} GB", flush=True)
 
 
 def encode_crops(model, crops, items, args, desc):
-    """z [n,C,h,w] fp16 of the crops in the range `items`."""
-    parts = []
+    """A shard of the crops in the range `items`: {"latents": [n,C,h,w] fp16, "labels": [n], see --flip}."""
+    parts = defaultdict(list)
     steps = [items[i:i + args.batch] for i in range(0, len(items), args.batch)]
-    for index, images, _ in batches(crops, steps, args, desc):
-        z, _ = model.latent(to_float(images.to(model.device)), index[0].item())
-        parts.append(z.half().cpu())
-        require(parts[-1].isfinite().all(), f"{model.name} makes latents beyond fp16's 65504, or NaN")
-    return torch.cat(parts)
+    for index, images, labels in batches(crops, steps, args, desc):
+        x = to_float(images.to(model.device))                                            # [B,3,S,S]
+        parts["labels"].append(labels)
+        for name, x in [("latents", x), ("latents_flip", x.flip(3))][:1 + args.flip]:
+            z = model.latent(x, index[0].item())[0].half().cpu()
+            require(z.isfinite().all(), f"{model.name} makes latents beyond fp16's 65504, or NaN")
+            parts[name].append(z)
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
 @torch.no_grad()
-def decode_file(model, args):
-    """The images of --decode, OUT of --encode or one shard, as PNGs in --out; those that are there stay."""
-    require(args.decode.is_file(), f"there is no file {args.decode} to decode: name one that --encode wrote")
-    about = metadata(args.decode)
-    require(about.keys() & {"shards", "names"}, f"{args.decode} is not of --encode: name one that it wrote")
-    if "images" in about and Path(about["images"]).is_dir():
-        refuse_output_inside(args.out, ImageFolder(about["images"]))
-    shards = json.loads(about.get("shards", "[]")) or [args.decode.name]
-    for path in [args.decode.with_name(name) for name in shards][RANK::WORLD]:
-        decode_shard(model, path, args)
+def decode_files(model, args):
+    """The images of --decode, a folder of shards or one, as PNGs in --out; those that are there stay.
+
+    --normalized: they are samples of a diffusion model that was trained on what --encode wrote, and become
+    z std + mean first, by the latents_stats.pt that lies beside them.
+    """
+    paths = sorted(args.decode.glob("*.safetensors")) if args.decode.is_dir() else [args.decode]
+    require(paths and paths[0].is_file(),
+            f"there are no latents {args.decode} to decode: name a safetensors file or a folder of them")
+    mean, std = 0, 1
+    if args.normalized:
+        stats = load_tensors(paths[0].with_name("latents_stats.pt"))
+        require({"mean", "std"} <= stats.keys(), f"latents_stats.pt beside {paths[0]} has no mean and std")
+        mean, std = stats["mean"], stats["std"]                                          # [1,C,1,1]
+    for images in {metadata(path).get("images", "") for path in paths}:
+        if images and Path(images).is_dir():
+            refuse_output_inside(args.out, ImageFolder(images))
+    for path in paths[RANK::WORLD]:
+        decode_shard(model, path, mean, std, args)
 
 
-def decode_shard(model, path, args):
-    z = load_safetensors(path)["z"]                                                      # [n,C,h,w]
-    names = json.loads(metadata(path)["names"])
+def decode_shard(model, path, mean, std, args):
+    z = load_safetensors(path).get("latents")                                            # [n,C,h,w]
+    require(z is not None, f"{path} holds no tensor `latents` [n,C,h,w]")
+    # Samples have no names: they get numbers.
+    names = json.loads(metadata(path).get("names", "[]")) or [f"{path.stem}-{i:05}" for i in range(len(z))]
     targets = [args.out / (name if name.endswith(".png") else name + ".png") for name in names]
     inside = all(not Path(name).is_absolute() and ".." not in Path(name).parts for name in names)
     require(inside and len(set(targets)) == len(targets),
@@ -109,7 +140,7 @@ def decode_shard(model, path, args):
     for i in tqdm(range(0, len(todo), args.batch), path.stem, unit="batch", disable=RANK > 0):
         part = todo[i:i + args.batch]
         try:
-            images = to_uint8(model.decode(z[part].float().to(model.device)))            # [B,3,H,W]
+            images = to_uint8(model.decode((z[part].float() * std + mean).to(model.device)))     # [B,3,H,W]
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:           # torch's own check of the channels

@@ -171,6 +171,7 @@ setup(
         "test": ["pytest>=8", "transformers>=4.56", "timm>=1.0.20", "torch-fidelity>=0.3",
                  "torchmetrics>=1.4", "safetensors>=0.8", "hypothesis>=6", "scikit-learn>=1.4",
                  "diffusers>=0.37"],
-        "peers": ["diffusers>=0.37", "transformers>=4.56"],   # the first with AutoencoderRAE
+        # The first diffusers with AutoencoderRAE.
+        "peers": ["diffusers>=0.37", "transformers>=4.56", "timm>=1.0.20"],
     },
 )

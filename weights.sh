@@ -11,6 +11,9 @@ Downloads to weights/ what training and evaluation read:
   vgg16-397923af.pth                    torchvision's VGG16, for LPIPS (0.5 GB)
   pt_inception-2015-12-05-6726825d.pth  FID's Inception, from pytorch-fid (0.1 GB)
 
+eval.py --fd timm:NAME downloads its network by itself. The field reports vit_large_patch14_dinov2.lvd142m,
+vit_large_patch14_clip_224.openai and vit_large_patch16_224.mae.
+
   --only WHAT        one of the three
   --repo OWNER/NAME  the encoder's repository on the hub, instead of timm's copy, which asks for no token.
                      For facebook/dinov3-vith16plus-pretrain-lvd1689m, say, HF_TOKEN must hold the token of

@@ -1,5 +1,6 @@
 """eval.py through its command line, on small pictures and small models."""
 import errno
+import glob
 import io
 import json
 import math
@@ -19,18 +20,22 @@ from types import SimpleNamespace
 import lpips
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 from torch.nn import functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from timm.models import save_for_hf
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 import eval as E
 from common import ImageFolder, center_crop
-from sae import SAE, DINOv3, DINOv3Config, SAEConfig
+from sae import SAE, DINOv3, DINOv3Config, SAEConfig, philox_normal
 from sae_weights import CHECKPOINT_VERSION
 from test_common import pack
 
@@ -66,9 +71,10 @@ def halves(photos, tmp_path_factory):
     return link_halves(photos, tmp_path_factory.mktemp("halves"))
 
 
-def small_sae(path, seed=0, **changes):
+def small_sae(path, seed=0, depth=1, **changes):
     torch.manual_seed(seed)
-    encoder = DINOv3Config(width=64, depth=1, head_dim=64, hidden=64, gated=False, qkv_bias=True, registers=4)
+    encoder = DINOv3Config(width=64, depth=depth, head_dim=64, hidden=64, gated=False, qkv_bias=True,
+                           registers=4)
     config = SAEConfig(encoder=encoder, z_dim=16, widths=(16, 16, 16, 8, 8), blocks=1, **changes)
     weights = SAE(config).state_dict()
     torch.save({"version": CHECKPOINT_VERSION, "config": asdict(config), "args": {}, "step": 0,
@@ -182,12 +188,13 @@ def test_numbers_do_not_depend_on_ranks_or_workers(photos, checkpoint, stem_file
     """42 images in batches of 4: neither 11 batches nor 42 images divide by 2 or 3 ranks."""
     results = [on_ranks(ranks, 29611 + ranks, tmp_path, checkpoint, "--data", photos, "--train", photos,
                         "--size", 32, "--batch", 4, "--workers", ranks % 2, "--skip", "lpips",
-                        "--fid-dims", 64, "--inception", stem_file, *CACHED, "--sample")
+                        "--fid-dims", 64, "--inception", stem_file, *CACHED, "--sample",
+                        "--latent-noise", 0.3)
                for ranks in (1, 2, 3)]
     assert results[0]["latent"].pop("shape")
     for other in results[1:]:
         assert other["images"] == 42
-        for key in ("rfid", "psnr", "ssim", "probe"):
+        for key in ("rfid", "psnr", "ssim", "probe", "psnr 0.3", "rfid 0.3"):
             assert other[key] == pytest.approx(results[0][key], rel=1e-9), key
         assert other["latent"].pop("shape") == [16, 2, 2]
         assert other["latent"] == pytest.approx(results[0]["latent"], rel=1e-9)
@@ -218,6 +225,28 @@ def test_a_drawn_latent_is_the_same_at_any_batch_size_and_differs_from_the_mean(
     assert one == pytest.approx(two, abs=1e-4) and abs(one - mean) > 1e-3
 
 
+def test_scores_under_noise_are_those_of_noisy_latents_at_any_batch_size(
+        photos, checkpoint, tmp_path, capsys):
+    """Against the equation: PSNR of decode(z + tau std eps), eps the normal stream of seed 1."""
+    def noisy(batch):
+        return run(checkpoint, "--data", photos, *NO_NETS, "--out", tmp_path / "a.json", "--size", 32,
+                   "--workers", 0, "--batch", batch, "--latent-noise", 1, 10)
+
+    got, x, model = noisy(5), pixels(photos), SAE.from_pretrained(checkpoint)
+    assert "psnr 10.0" in capsys.readouterr().out
+    with torch.no_grad():
+        z = model.encode(x / 127.5 - 1).mode()
+        eps = philox_normal(z.numel(), 1).view(z.shape)
+        for tau in 1.0, 10.0:
+            y = model.decode(z + tau * z.std((0, 2, 3), correction=0, keepdim=True) * eps)
+            psnr = [peak_signal_noise_ratio(*pair, data_range=255).item() for pair in zip(rounded(y), x)]
+            assert got[f"psnr {tau}"] == pytest.approx(np.mean(psnr), abs=1e-3)
+    assert abs(got["psnr 10.0"] - got["psnr"]) > 1e-2
+    again = noisy(16)
+    for key in "psnr", "psnr 1.0", "psnr 10.0":
+        assert again[key] == pytest.approx(got[key], abs=1e-4)
+
+
 def test_what_the_probe_sees_of_a_peer_is_the_mean_at_any_batch_size():
     def encode(x):
         return E.Posterior(F.avg_pool2d(x, 16), torch.zeros_like(F.avg_pool2d(x, 16)))
@@ -225,10 +254,58 @@ def test_what_the_probe_sees_of_a_peer_is_the_mean_at_any_batch_size():
     def decode(z):
         return F.interpolate(z, scale_factor=16.)
 
-    model = E.Autoencoder("peer", None, encode, decode, SimpleNamespace(sample=True), torch.device("cpu"))
+    args = SimpleNamespace(sample=True, probe_layers=1)
+    model = E.Autoencoder("peer", None, encode, decode, args, torch.device("cpu"))
     x = torch.rand(6, 3, 32, 32)
     torch.testing.assert_close(model.features(x), x.mean((2, 3)))
     torch.testing.assert_close(torch.cat([model.features(part) for part in x.split(2)]), model.features(x))
+
+
+@pytest.fixture(scope="session")
+def timm_folder(tmp_path_factory):
+    """A small ViT of timm, random, saved by timm itself, with a size, mean and std of its own."""
+    torch.manual_seed(0)
+    shape = dict(img_size=48, embed_dim=64, depth=2, num_heads=2)
+    net = timm.create_model("vit_tiny_patch16_224", num_classes=7, **shape)
+    folder = tmp_path_factory.mktemp("timm")
+    own = {"input_size": (3, 48, 48), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "crop_pct": 0.9}
+    net.pretrained_cfg.update(own)
+    save_for_hf(net, folder, model_args=shape, safe_serialization=True)
+    return folder
+
+
+def test_features_of_a_timm_network_are_those_of_timms_own_transform_and_forward(photos, timm_folder):
+    network = E.TimmFeatures(f"timm:local-dir:{timm_folder}")
+    oracle = timm.create_model(f"local-dir:{timm_folder}", pretrained=True).eval()
+    transform = timm.data.create_transform((3, 48, 48), interpolation="bicubic", mean=(0.4, 0.5, 0.6),
+                                           std=(0.2, 0.3, 0.4), crop_pct=1.0)
+    x = pixels(photos)[:5].byte()
+    images = torch.stack([transform(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in x])
+    assert images.shape == (5, 3, 48, 48) and network.dims == 64
+    with torch.no_grad():
+        theirs = oracle.forward_head(oracle.forward_features(images), pre_logits=True)
+        torch.testing.assert_close(network(x), theirs)
+    assert "resize to (3, 48, 48), mean [0.4, 0.5, 0.6], std [0.2, 0.3, 0.4]" in network.protocol
+
+
+def test_a_distance_in_a_timm_networks_features_stands_beside_rfid(
+        photos, checkpoint, stem_file, timm_folder, tmp_path, capsys):
+    words = [checkpoint, "--data", photos, "--skip", "lpips,probe", "--fid-dims", 64, "--inception",
+             stem_file, "--fd", f"timm:local-dir:{timm_folder}", "--out", tmp_path / "a.json", *FAST]
+    got, name, features = run(*words), f"fd local-dir:{timm_folder}", []
+    sae, network = SAE.from_pretrained(checkpoint), E.TimmFeatures(f"timm:local-dir:{timm_folder}")
+    for x in pixels(photos).split(5):
+        with torch.no_grad():
+            y = rounded(sae.decode(sae.encode(x / 127.5 - 1).mode()))
+            features.append([network(images.byte()).double().numpy() for images in (x, y)])
+    gaussians = [f(rows) for rows in map(np.concatenate, zip(*features))
+                 for f in (lambda a: a.mean(0), lambda a: np.cov(a, rowvar=False))]
+    assert got[name] == pytest.approx(E.frechet_distance(*gaussians), rel=1e-6) and got["rfid"] > 0
+    printed = capsys.readouterr().out
+    assert name in printed and "flatter a DINO autoencoder" in printed
+    for spec in "timm:no_such_network", f"timm:local-dir:{tmp_path}":
+        words[words.index("--fd") + 1] = spec
+        assert f"cannot load {spec} (extra `peers`)" in refusal(*words)
 
 
 def test_too_few_images_for_fid_are_said_to_be(photos, checkpoint, stem_file, tmp_path, capsys):
@@ -264,11 +341,11 @@ def test_a_checkpoint_without_latent_statistics_is_scored_and_encoded(photos, ch
     torch.save(saved, tmp_path / "last.pt")
     scores, files = [], []
     for i, model in enumerate((tmp_path / "last.pt", checkpoint)):
-        files.append(tmp_path / f"{i}.safetensors")
+        files.append(tmp_path / f"{i}/latents_stats.pt")
         scores.append(run(model, "--data", photos, *NO_NETS, "--out", tmp_path / "a.json", *FAST))
-        command(model, "--encode", photos, "--out", files[-1], *FAST)
+        command(model, "--encode", photos, "--out", files[-1].parent, *FAST)
     assert scores[0]["psnr"] == scores[1]["psnr"]
-    ours, theirs = map(load_file, files)
+    ours, theirs = map(torch.load, files)
     assert all(torch.equal(ours[key], theirs[key]) and ours[key].isfinite().all() for key in ("mean", "std"))
 
 
@@ -379,6 +456,41 @@ def test_the_linear_probe_on_real_photos_is_within_a_point_of_sklearns_logistic_
         oracle = LogisticRegression(max_iter=5000).fit(x[kept][:, columns], np.array(train.labels)[kept])
         theirs = oracle.score(xt[:, columns], test.labels)
         assert abs(got["probe"][kind] - 100 * theirs) < 1, (kind, got["probe"], got["probe_rate"], theirs)
+
+
+def test_the_probe_of_four_layers_sees_what_dinov3s_and_vtps_do(tmp_path):
+    """Their create_linear_input: CLS of each of the last blocks, then the mean patch token of the last.
+
+    The oracle is transformers' DINOv3: the outputs of its layers under its norm.
+    """
+    torch.manual_seed(0)
+    oracle = DINOv3ViTModel(DINOv3ViTConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=6,
+                                            num_attention_heads=1, num_register_tokens=4)).eval()
+    oracle.save_pretrained(tmp_path)
+    encoder, x, outputs = DINOv3.from_pretrained(tmp_path), torch.rand(2, 3, 32, 48) * 2 - 1, []
+    for layer in [m for name, m in oracle.named_modules() if re.search(r"layer\.[0-5]$", name)][-4:]:
+        layer.register_forward_hook(lambda _, x, out: outputs.append(oracle.norm(out)))      # [2,1+4+6,64]
+    with torch.no_grad():
+        oracle((x - encoder.mean) / encoder.std)
+    expected = torch.cat([*(out[:, 0] for out in outputs), outputs[-1][:, 5:].mean(1)], 1)
+
+    model = SAE(SAEConfig(encoder.cfg, z_dim=8, widths=(8, 8, 8, 8, 8), blocks=1), encoder).eval()
+    args, device = SimpleNamespace(sample=False, probe_layers=4), torch.device("cpu")
+    model = E.Autoencoder(str(tmp_path), model, model.encode, model.decode, args, device)
+    for _ in range(2):                          # of this call's blocks
+        features, kinds = model.features(x), model.kinds()
+        torch.testing.assert_close(features[:, kinds["cls+patch"]], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(features[:, kinds["patch"]], features[:, 4 * 64:5 * 64])
+    torch.testing.assert_close(features[:, kinds["mu"]], model.encode(x).mu.mean((2, 3)))
+
+
+def test_the_number_of_layers_is_part_of_the_probe_and_its_cached_features(halves, checkpoint, tmp_path):
+    deep = small_sae(tmp_path / "deep.pt", depth=4)
+    words = [deep, *probing(halves), *CACHED, "--out", tmp_path / "a.json", *FAST]
+    one, four = run(*words), run(*words, "--probe-layers", "4")
+    assert one["probe"].keys() == four["probe"].keys() and "CLS of 4 last" in four["protocol"]["probe"]
+    assert len(list(tmp_path.glob("features-*"))) == 2
+    assert "has 1 blocks: lower --probe-layers" in refusal(checkpoint, *words[1:], "--probe-layers", "4")
 
 
 def probing(halves):
@@ -621,29 +733,69 @@ def test_a_diffusers_model_is_scored_as_diffusers_itself_reconstructs(halves, tm
 
 # ------------------------------------------------------------------ latents on disk
 
-def latents(folder):
-    return torch.cat([load_file(path)["z"] for path in sorted(folder.glob("latents-*.safetensors"))])
+def latents(folder, key="latents"):
+    return torch.cat([load_file(path)[key] for path in sorted(folder.glob("*.safetensors"))])
+
+
+class ImgLatentDataset(torch.utils.data.Dataset):
+    """The rules of LightningDiT's loader of that name, with latent_norm and a latent_multiplier of 1."""
+
+    def __init__(self, folder):
+        self.items = []
+        for file in sorted(glob.glob(os.path.join(folder, "*.safetensors"))):
+            with safe_open(file, framework="pt") as tensors:
+                self.items += [(file, i) for i in range(tensors.get_slice("labels").get_shape()[0])]
+        stats = torch.load(os.path.join(folder, "latents_stats.pt"))
+        self.mean, self.std = stats["mean"], stats["std"]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        file, i = self.items[index]
+        with safe_open(file, framework="pt") as tensors:
+            latent = tensors.get_slice("latents" if np.random.rand() > 0.5 else "latents_flip")[i:i + 1]
+            label = tensors.get_slice("labels")[i:i + 1]
+        return ((latent - self.mean) / self.std * 1.0).squeeze(0), label.squeeze(0)
+
+
+def test_encoded_latents_are_read_by_lightningdits_rules(photos, checkpoint, tmp_path, capsys):
+    command(checkpoint, "--encode", photos, "--out", tmp_path / "l", "--shard", 16, "--flip", *FAST)
+    assert "42 latents of 16x2x2, and of the mirrored images: 1.08e-05 GB" in capsys.readouterr().out
+    x, model = pixels(photos) / 127.5 - 1, SAE.from_pretrained(checkpoint)
+    with torch.no_grad():
+        z, flipped = model.encode(x).mode(), model.encode(x.flip(3)).mode()
+    mean, std = z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), correction=0, keepdim=True)
+    data, drawn = ImgLatentDataset(tmp_path / "l"), []
+    assert len(data) == 42 and data.mean.shape == data.std.shape == (1, 16, 1, 1)
+    np.random.seed(0)
+    for i, (latent, label) in enumerate(data):
+        assert latent.dtype == torch.float32 and label == ImageFolder(photos).labels[i]
+        either = [torch.allclose(latent * std[0] + mean[0], t[i], atol=5e-3) for t in (z, flipped)]
+        assert any(either)
+        drawn.append(either.index(True))
+    assert 0 < sum(drawn) < 42                  # the loader has read both
 
 
 def test_encoded_latents_are_those_of_the_model_with_their_mean_and_std(photos, checkpoint, tmp_path):
-    folder = tmp_path / "a new folder"
-    command(checkpoint, "--encode", photos, "--out", folder / "latents.safetensors", "--shard", 16, *FAST)
+    folder = tmp_path / "a new/folder"
+    command(checkpoint, "--encode", photos, "--out", folder, "--shard", 16, *FAST)
     with torch.no_grad():
         z = SAE.from_pretrained(checkpoint).encode(pixels(photos) / 127.5 - 1).mode()
-    stored, index = latents(folder), load_file(folder / "latents.safetensors")
+    stored, stats = latents(folder), torch.load(folder / "latents_stats.pt")
     assert stored.dtype == torch.float16 and torch.allclose(stored.float(), z, atol=2e-3)
     flat = z.transpose(0, 1).flatten(1)
-    assert torch.allclose(index["mean"], flat.mean(1), atol=1e-3)
-    assert torch.allclose(index["std"], flat.std(1, correction=0), atol=1e-3)
+    assert torch.allclose(stats["mean"].flatten(), flat.mean(1), atol=1e-3)
+    assert torch.allclose(stats["std"].flatten(), flat.std(1, correction=0), atol=1e-3)
     shards = sorted(folder.glob("latents-*.safetensors"))
-    assert torch.cat([load_file(path)["labels"] for path in shards]).tolist() == ImageFolder(photos).labels
-    assert len(shards) == 3
+    assert latents(folder, "labels").tolist() == ImageFolder(photos).labels
+    assert len(shards) == 3 and load_file(shards[0]).keys() == {"latents", "labels"}
 
 
 def test_decoding_gives_the_reconstructions_under_the_images_names(photos, codecs, tmp_path):
     spec = f"{codecs}:Exact"                    # multiples of 1/127.5 survive fp16: every pixel comes back
-    command(spec, "--encode", photos, "--out", tmp_path / "latents.safetensors", "--shard", 16, *FAST)
-    command(spec, "--decode", tmp_path / "latents.safetensors", "--out", tmp_path / "back", *FAST)
+    command(spec, "--encode", photos, "--out", tmp_path / "latents", "--shard", 16, *FAST)
+    command(spec, "--decode", tmp_path / "latents", "--out", tmp_path / "back", *FAST)
     files = ImageFolder(photos).files
     assert len(list((tmp_path / "back").rglob("*.png"))) == len(files)
     for path in files:
@@ -651,18 +803,32 @@ def test_decoding_gives_the_reconstructions_under_the_images_names(photos, codec
             assert np.array_equal(np.array(back), np.array(center_crop(Image.open(path), 32)))
 
 
+def test_normalised_samples_are_decoded_by_the_statistics_beside_them_and_numbered(photos, codecs, tmp_path):
+    spec, folder = f"{codecs}:Exact", tmp_path / "latents"
+    command(spec, "--encode", photos, "--out", folder, *FAST)
+    stats = torch.load(folder / "latents_stats.pt")
+    samples = (latents(folder).float() - stats["mean"]) / stats["std"]
+    save_file({"latents": samples}, folder / "samples.safetensors")
+    command(spec, "--decode", folder / "samples.safetensors", "--normalized", "--out", tmp_path / "s", *FAST)
+    found = [np.array(Image.open(path)) for path in sorted((tmp_path / "s").iterdir())]
+    assert np.array_equal(found, pixels(photos).permute(0, 2, 3, 1).numpy())
+    assert (tmp_path / "s/samples-00041.png").exists()
+    (folder / "latents_stats.pt").unlink()
+    assert "there is no file" in refusal(spec, "--decode", folder, "--normalized", "--out", tmp_path, *FAST)
+
+
 def test_interrupted_encoding_and_decoding_go_on(photos, checkpoint, tmp_path, monkeypatch):
-    out, encoded, decoded = tmp_path / "latents.safetensors", count_images(monkeypatch, "latent"), []
+    out, encoded, decoded = tmp_path / "latents", count_images(monkeypatch, "latent"), []
     words = [checkpoint, "--encode", photos, "--out", out, "--shard", 16, *FAST]
     command(*words)
-    before, index = latents(tmp_path), load_file(out)
-    assert sum(encoded) == 42
+    before, stats = latents(out), torch.load(out / "latents_stats.pt")
+    assert sum(encoded) == 1 + 42               # the first tells the size
     encoded.clear()
-    out.unlink()
-    (tmp_path / "latents-00001.safetensors").unlink()
+    (out / "latents_stats.pt").unlink()
+    (out / "latents-00001.safetensors").unlink()
     command(*words)
-    assert sum(encoded) == 16 and torch.equal(latents(tmp_path), before)
-    assert all(torch.equal(index[k], v) for k, v in load_file(out).items())
+    assert sum(encoded) == 1 + 16 and torch.equal(latents(out), before)
+    assert all(torch.equal(stats[k], v) for k, v in torch.load(out / "latents_stats.pt").items())
     monkeypatch.setattr(SAE, "decode", lambda self, z, f=SAE.decode: decoded.append(len(z)) or f(self, z))
     words = [checkpoint, "--decode", out, "--out", tmp_path / "back", *FAST]
     command(*words)
@@ -673,17 +839,21 @@ def test_interrupted_encoding_and_decoding_go_on(photos, checkpoint, tmp_path, m
 
 
 def test_latents_of_another_model_are_not_mixed_in(photos, checkpoint, tmp_path):
-    out = tmp_path / "latents.safetensors"
+    out = tmp_path / "latents"
     command(checkpoint, "--encode", photos, "--out", out, *FAST)
     other = small_sae(tmp_path / "other.pt", seed=1)
     sentence = refusal(other, "--encode", photos, "--out", out, *FAST)
     assert "latents-00000.safetensors holds latents of another model" in sentence
-    assert "--shard" in refusal(checkpoint, "--encode", photos, "--out", out, "--shard", 16, *FAST)
+    for option in ["--shard", 16], ["--flip"]:
+        assert option[0] in refusal(checkpoint, "--encode", photos, "--out", out, *option, *FAST)
+    save_file({"latents": torch.zeros(1)}, out / "samples.safetensors")
+    sentence = refusal(checkpoint, "--encode", photos, "--out", out, *FAST)
+    assert "samples.safetensors is none of the 1 shards" in sentence
 
 
 def test_latents_of_images_that_have_changed_are_not_mixed_in(photos, checkpoint, tmp_path):
     shutil.copytree(photos, tmp_path / "images")
-    words = [checkpoint, "--encode", tmp_path / "images", "--out", tmp_path / "latents.safetensors", *FAST]
+    words = [checkpoint, "--encode", tmp_path / "images", "--out", tmp_path / "latents", *FAST]
     command(*words)
     shutil.copy(photos / "red/03.png", tmp_path / "images/red/04.png")
     assert "or images: delete it" in refusal(*words)
@@ -692,23 +862,24 @@ def test_latents_of_images_that_have_changed_are_not_mixed_in(photos, checkpoint
 def test_latents_of_an_object_without_a_file_of_weights_are_made_again(photos, codecs, tmp_path, monkeypatch):
     encoded = count_images(monkeypatch, "latent")
     for _ in range(2):
-        command(f"{codecs}:Exact", "--encode", photos, "--out", tmp_path / "latents.safetensors", *FAST)
-    assert sum(encoded) == 2 * 42
+        command(f"{codecs}:Exact", "--encode", photos, "--out", tmp_path / "latents", *FAST)
+    assert sum(encoded) == 2 * (1 + 42)
 
 
 def test_decoding_refuses_latents_that_are_not_the_models_and_names_that_are_not_its_own(
         photos, checkpoint, codecs, tmp_path, capsys):
-    out, back = tmp_path / "latents.safetensors", tmp_path / "back"
+    out, back = tmp_path / "latents", tmp_path / "back"
     command(checkpoint, "--encode", photos, "--out", out, *FAST)
     sentence = refusal(f"{codecs}:Exact", "--decode", out, "--out", back, *FAST)
     assert re.search("latents of 16 channels that .*Exact cannot decode", sentence)
+    odd = tmp_path / "odd.safetensors"
     for names in ["x.jpg", "x.jpg.png"], ["/tmp/x", "y"], ["../x", "y"]:
-        save_file({"z": torch.zeros(2, 16, 2, 2)}, tmp_path / "odd.safetensors", {"names": json.dumps(names)})
-        sentence = refusal(checkpoint, "--decode", tmp_path / "odd.safetensors", "--out", back, *FAST)
+        save_file({"latents": torch.zeros(2, 16, 2, 2)}, odd, {"names": json.dumps(names)})
+        sentence = refusal(checkpoint, "--decode", odd, "--out", back, *FAST)
         assert "two latents alike, or a file outside" in sentence
     save_file({"z": torch.zeros(2, 16, 2, 2)}, tmp_path / "foreign.safetensors")
     sentence = refusal(checkpoint, "--decode", tmp_path / "foreign.safetensors", "--out", back, *FAST)
-    assert "foreign.safetensors is not of --encode" in sentence
+    assert "foreign.safetensors holds no tensor `latents`" in sentence
     assert not back.exists()
     for _ in range(2):
         command(checkpoint, "--decode", out, "--out", back, *FAST)
@@ -739,10 +910,10 @@ def test_a_score_written_among_the_images_is_refused(halves, checkpoint, tmp_pat
 def test_latents_and_images_written_among_the_images_are_refused(photos, checkpoint, tmp_path):
     images = shutil.copytree(photos, tmp_path / "set")
     before = sorted(images.rglob("*"))
-    sentence = refusal(checkpoint, "--encode", images, "--out", images / "red/latents.safetensors", *FAST)
+    sentence = refusal(checkpoint, "--encode", images, "--out", images / "red/latents", *FAST)
     assert "inside the images of" in sentence
-    command(checkpoint, "--encode", images, "--out", tmp_path / "latents.safetensors", *FAST)
-    for name in "latents.safetensors", "latents-00000.safetensors":
+    command(checkpoint, "--encode", images, "--out", tmp_path / "latents", *FAST)
+    for name in "latents", "latents/latents-00000.safetensors":
         for out in images, images / "red":
             sentence = refusal(checkpoint, "--decode", tmp_path / name, "--out", out, *FAST)
             assert "inside the images of" in sentence
@@ -757,11 +928,12 @@ def test_an_output_that_cannot_be_written_is_told_before_the_pass(photos, checkp
     (tmp_path / "file").touch()
     for folder in tmp_path / "file", Path("/proc/self"), tmp_path / ("x" * 300):
         for words in (["--data", photos, *NO_NETS, "--out", folder / "e.json"],
-                      ["--encode", photos, "--out", folder / "latents.safetensors"],
+                      ["--encode", photos, "--out", folder],
                       ["--overfit", photos / "red/03.png", "--out", folder]):
             assert "cannot be written" in refusal(checkpoint, *words, *FAST)
     for out in tmp_path, Path("/dev/null"):     # a rename would replace the device
-        assert "is no file: name another" in refusal(checkpoint, "--encode", photos, "--out", out, *FAST)
+        words = [checkpoint, "--data", photos, *NO_NETS, "--out", out, *FAST]
+        assert "is no file: name another" in refusal(*words)
 
 
 def test_the_table_is_printed_when_the_json_cannot_be_written(
@@ -865,8 +1037,9 @@ SCORES = [*NO_NETS, "--size", "32", "--workers", "0", "--out", Path(tempfile.get
 
 
 def test_latents_that_are_not_there_are_refused(checkpoint, tmp_path):
-    sentence = refusal(checkpoint, "--decode", tmp_path / "none.safetensors", "--out", tmp_path, *FAST)
-    assert "no file" in sentence
+    for path in tmp_path / "none.safetensors", tmp_path:        # a folder without any
+        sentence = refusal(checkpoint, "--decode", path, "--out", tmp_path, *FAST)
+        assert f"there are no latents {path}" in sentence
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
@@ -922,8 +1095,8 @@ def test_pixels_that_decode_are_scored_whatever_their_metadata(photos, codecs, t
         image.save(root / "text.png", pnginfo=text)
     got = run(f"{codecs}:Exact", "--data", root, *NO_NETS, "--out", tmp_path / "a.json", *FAST)
     assert got["images"] == got["exact"] == 3
-    command(f"{codecs}:Exact", "--encode", root, "--out", tmp_path / "latents.safetensors", *FAST)
-    assert len(latents(tmp_path)) == 3
+    command(f"{codecs}:Exact", "--encode", root, "--out", tmp_path / "latents", *FAST)
+    assert len(latents(tmp_path / "latents")) == 3
 
 
 def test_an_emptied_class_is_refused_and_what_systems_leave_behind_is_no_class(halves, checkpoint, tmp_path):
