@@ -278,4 +278,14 @@ def test_the_python_of_the_readme_runs(small, exported, tmp_path, monkeypatch):
     names = {}
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
         exec(block, names)
-    assert names["xhat"].shape == names["x"].shape
+
+    # What the trainers call. DiT's and RAE's encode draw the noise by torch's seed.
+    vae, rae = names["vae"], names["RAE"]("s-ae").eval()
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.manual_seed(0)
+    z = vae.encode(x).latent_dist.sample()
+    torch.manual_seed(0)
+    assert torch.allclose(rae.encode((x + 1) / 2), z, atol=1e-4) and z.std() < 10
+    assert torch.allclose(rae.decode(z), (vae.decode(z).sample + 1) / 2, atol=1e-5)
+    assert torch.allclose(vae.decode(z).sample, small.decode(small.denormalize(z)), atol=1e-5)
+    assert names["cls"].shape == (1, 128) and names["patches"].shape == (1, 256, 128)

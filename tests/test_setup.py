@@ -169,7 +169,8 @@ def test_the_program_imports_run_time_packages_alone(name):
 
 def test_the_readme_names_options_files_and_functions_that_exist():
     text = (ROOT / "README.md").read_text()
-    programs = "".join((ROOT / name).read_text() for name in ("train.py", "eval.py", "weights.sh"))
+    sources = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    programs = sources + (ROOT / "weights.sh").read_text() + (ROOT / "tests/miniature.py").read_text()
     torchrun = {"--nproc_per_node", "--nnodes", "--node_rank", "--rdzv_backend", "--rdzv_endpoint",
                 "--max-restarts", "--signals-to-handle", "--shutdown-timeout"}
     cited = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - torchrun - {"--no-build-isolation"}
@@ -178,7 +179,6 @@ def test_the_readme_names_options_files_and_functions_that_exist():
     files = set(re.findall(r"`((?:csrc/|tests/)?[\w/]+\.(?:py|sh|cu|md))`", text))
     assert {name for name in files if not any((ROOT / at / name).exists() for at in (".", "csrc"))} == set()
 
-    sources = "".join((ROOT / name).read_text() for name in ("sae.py", "train.py", "eval.py"))
     equations = text[text.index("The equations and where they are"):text.index("## Train")]
     names = {name.split(".")[-1] for name in re.findall(r"`(?:\w+\.py: )?([\w.]+)`", equations)}
     assert len(names) >= 7 and {name for name in names if f"def {name}(" not in sources} == set()
