@@ -4,7 +4,8 @@
     python eval.py last.pt diffusers:stabilityai/sd-vae-ft-mse my.py:load     # the same table for peers
     torchrun --nproc_per_node 8 eval.py last.pt                      # the same numbers from 8 GPUs
     python eval.py last.pt --encode DIR --out latents.safetensors    # for diffusion training; --decode back
-    python eval.py a.pt b.pt --overfit image.png                     # is a low latent loss a good image?
+    python eval.py a.pt b.pt --generate image.png                    # is a low latent loss a good image?
+    python eval.py a.pt --generate train --data val --encoder dinov3.safetensors     # how good are samples?
 
 A model is a checkpoint of train.py, diffusers:NAME_OR_FOLDER, or FILE.py:FACTORY, where FACTORY() gives an
 object with encode(x) -> z [B,C,...] and decode(z) -> xhat, images [B,3,H,W] in [-1,1].
@@ -619,20 +620,24 @@ def options(argv):
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("--encode", type=Path, metavar="DIR", help="write its latents to --out FILE")
     mode.add_argument("--decode", type=Path, metavar="FILE", help="write the images of latents to --out DIR")
-    mode.add_argument("--overfit", metavar="IMAGE", help="train a DiT on its latent; --out DIR")
+    mode.add_argument("--generate", type=Path, metavar="PATH",
+                      help="train a DiT on the latents of an image or of a folder; --out DIR")
+    p.add_argument("--encoder", metavar="FILE", help="a DINOv3 file, in whose features samples are measured")
     p.add_argument("--target", default="v", choices=["v", "x"], help="what it predicts; the loss is of v")
-    p.add_argument("--dit-width", type=count, default=384, help="of --overfit")
-    p.add_argument("--dit-depth", type=count, default=12, help="of --overfit")
-    p.add_argument("--dit-steps", type=count, default=1200, help="of --overfit")
-    p.add_argument("--dit-batch", type=count, default=32, help="of --overfit")
-    p.add_argument("--dit-lr", type=float, default=2e-4, help="of --overfit")
+    p.add_argument("--guidance", type=float, default=1.5, help="of samples by their class; 1 is none")
+    p.add_argument("--seed", type=int, default=0, help="of the DiT and its samples")
+    p.add_argument("--dit-width", type=count, default=384, help="of --generate")
+    p.add_argument("--dit-depth", type=count, default=12, help="of --generate")
+    p.add_argument("--dit-steps", type=count, default=1200, help="of --generate")
+    p.add_argument("--dit-batch", type=count, default=32, help="of --generate")
+    p.add_argument("--dit-lr", type=float, default=2e-4, help="of --generate")
     args = p.parse_args(argv)
     args.skip = set(filter(None, args.skip.split(",")))
     if args.skip - {"fid", "lpips", "probe"}:
         p.error(f"--skip takes fid, lpips and probe, not {','.join(sorted(args.skip))}")
     if (args.encode or args.decode) and not args.out:
         p.error("--encode needs --out FILE.safetensors, --decode needs --out DIR")
-    if len(args.models) > 1 and args.out and not args.overfit:
+    if len(args.models) > 1 and args.out and not args.generate:
         p.error("--out goes with one model: drop the option, or name the models one by one")
     for spec in args.models:
         file = Path(spec.rpartition(":")[0] if ".py:" in spec else spec)
@@ -653,7 +658,7 @@ def main(argv=None):
     # fp32 means fp32: TF32 alone moves an rFID in the third digit
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
-    if args.encode or args.decode or args.overfit:
+    if args.encode or args.decode or args.generate:
         import latents                          # here, since it is built on this file
         latents.run(args, device)
     else:
