@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (ImageFolder, psnr, refuse_output_inside, save_grid, to_float,
-                    to_uint8)
+from common import ImageFolder, psnr, refuse_output_inside, save_grid, to_float, to_uint8
 from eval import (RANK, WORLD, Crops, FIDInception, batches, check_output, digest, frechet_distance, identity,
                   latent_mean_std, latent_sums, load_model, print_table, shares, to_json)
 from sae import SAE, DINOv3, load_safetensors, require, save_safetensors, torch_load, write
@@ -33,9 +32,6 @@ def run(args, device):
         generate_all(args, device)
     else:
         (encode_folder if args.encode else decode_file)(load_model(args.models[0], args, device), args)
-
-
-TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)               # where losses are compared; t 0 is the image, t 1 noise
 
 
 # ------------------------------------------------------------------ latents on disk
@@ -186,7 +182,7 @@ class DiT(nn.Module):
 def shifted(t, m):
     """t' = s t / (1 + (s - 1) t), s = sqrt(m / 4096): times in [0,1] for latents of m = N n dimensions (RAE).
 
-    Reading: never s < 1, by which small latents would hardly ever see the noise that samples start from.
+    Reading: s is 1 at least. Below, small latents would hardly ever see the noise that samples start from.
     """
     s = max(1, math.sqrt(m / 4096))
     return s * t / (1 + (s - 1) * t)
@@ -292,6 +288,9 @@ def fit_probe(features, labels):
 
 # ------------------------------------------------------------------ generation
 
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)               # where losses are compared; t 0 is the image, t 1 noise
+
+
 class Generation:
     """A DiT on the latents of `train`, its losses on a handful of `test`, its samples; files in `folder`.
 
@@ -359,7 +358,7 @@ class Generation:
             s = (self.step - 0.5) / args.dit_steps
             self.optimizer.param_groups[0]["lr"] = args.dit_lr * min(1, 20 * s, 2 * (1 - s))
             self.optimizer.step()
-            # Over the last tenth of the steps so far, of a run of any length (Karras et al. 2024, eq. 3).
+            # Over about the last tenth of the steps so far, in a run of any length (Karras et al. 2024).
             weight = 1 - (1 - 1 / self.step) ** 8
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.dit.parameters()), weight)
             if self.step % max(1, args.dit_steps // 20) == 0 or self.step == args.dit_steps:
