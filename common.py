@@ -113,6 +113,21 @@ def refuse_output_inside(out, folder):
                 f"the output {out} lies inside the images of {root} and would become one: give another --out")
 
 
+def check_output(path, *folders):
+    """ValueError, before hours of work, if `path` is among the images or could not be written after them."""
+    for folder in folders:
+        refuse_output_inside(path, folder)
+    trial = Path(f"{path}.tmp")                 # the name under which `write` begins
+    try:
+        # A folder is no file, nor is a device, which a rename would replace.
+        require(path.is_file() or not path.exists(), f"--out {path} is no file: name another")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink(missing_ok=True)           # another rank may have been faster
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}): name another --out") from error
+
+
 # ------------------------------------------------------------------ tars
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")       # all but the first are refused

@@ -3,9 +3,8 @@
     python eval.py runs/stage2-reg100/last.pt                        # PSNR, SSIM, LPIPS, rFID, probe, picture
     python eval.py last.pt diffusers:stabilityai/sd-vae-ft-mse my.py:load     # the same table for peers
     torchrun --nproc_per_node 8 eval.py last.pt                      # the same numbers from 8 GPUs
-    python eval.py last.pt --encode DIR --out FOLDER                 # for diffusion training; --decode back
-    python eval.py a.pt b.pt --overfit image.png                     # is a low latent loss a good image?
     python eval.py last.pt --export FOLDER                           # a model to publish
+    python eval.py last.pt --encode DIR --out FOLDER                 # and --decode, --generate: see latents.py
 
 A model is a checkpoint of train.py, a folder of --export, diffusers:NAME_OR_FOLDER, or FILE.py:FACTORY, where
 FACTORY() gives an object with encode(x) -> z [B,C,...] and decode(z) -> xhat, images [B,3,H,W] in [-1,1].
@@ -39,8 +38,8 @@ from torchvision.models.inception import BasicConv2d, inception_v3
 from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop, ToPILImage
 from tqdm import tqdm
 
-from common import (LPIPS, Help, ImageFolder, center_crop, check_launcher, command, load_image, psnr,
-                    refuse_output_inside, save_grid, to_float, to_uint8)
+from common import (LPIPS, Help, ImageFolder, center_crop, check_launcher, check_output, command, load_image,
+                    psnr, save_grid, to_float, to_uint8)
 from sae import SAE, Posterior, philox_normal
 from sae_weights import load_tensors, require, write
 
@@ -629,21 +628,6 @@ def to_json(value, indent=None):
     return f"{json.dumps(value, indent=indent, allow_nan=False)}\n".encode()
 
 
-def check_output(path, *folders):
-    """ValueError, before hours of work, if `path` is among the images or could not be written after them."""
-    for folder in folders:
-        refuse_output_inside(path, folder)
-    trial = Path(f"{path}.tmp")                 # the name under which `write` begins
-    try:
-        # A folder is no file, nor is a device, which a rename would replace.
-        require(path.is_file() or not path.exists(), f"--out {path} is no file: name another")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        trial.touch()
-        trial.unlink(missing_ok=True)           # another rank may have been faster
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}): name another --out") from error
-
-
 # ------------------------------------------------------------------ the command
 
 def at_least(low):
@@ -655,6 +639,7 @@ def at_least(low):
 
 
 def options(argv):
+    import latents                              # here, since it is built on this file
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     count = at_least(1)
     p.add_argument("models", nargs="+", metavar="MODEL", help="CKPT.pt, diffusers:NAME, FILE.py:FACTORY")
@@ -678,21 +663,10 @@ def options(argv):
     p.add_argument("--batch", type=count, default=32, help="images at a time on each device")
     p.add_argument("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="for each device")
     p.add_argument("--out", type=Path, metavar="PATH", help="JSON file (default beside the checkpoint)")
-    p.add_argument("--shard", type=count, default=1024, help="latents in a file (1024: 0.7 GB)")
-    p.add_argument("--flip", action="store_true", help="--encode the mirrored images, too")
-    p.add_argument("--normalized", action="store_true", help="--decode z std + mean of latents_stats.pt")
     mode = p.add_mutually_exclusive_group()
-    mode.add_argument("--encode", type=Path, metavar="DIR", help="write its latents to --out DIR")
-    mode.add_argument("--decode", type=Path, metavar="PATH", help="write the images of latents to --out DIR")
     mode.add_argument("--export", type=Path, metavar="FOLDER", help="write the model there, to publish it")
-    mode.add_argument("--overfit", metavar="IMAGE", help="train a DiT on its latent; --out DIR")
     p.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the weights of --export")
-    p.add_argument("--target", default="v", choices=["v", "x"], help="what it predicts; the loss is of v")
-    p.add_argument("--dit-width", type=count, default=384, help="of --overfit")
-    p.add_argument("--dit-depth", type=count, default=12, help="of --overfit")
-    p.add_argument("--dit-steps", type=count, default=1200, help="of --overfit")
-    p.add_argument("--dit-batch", type=count, default=32, help="of --overfit")
-    p.add_argument("--dit-lr", type=float, default=2e-4, help="of --overfit")
+    latents.add_options(p, mode)
     args = p.parse_args(argv)
     args.skip = set(filter(None, args.skip.split(",")))
     if args.skip - {"fid", "lpips", "probe"}:
@@ -701,7 +675,7 @@ def options(argv):
         p.error("--export takes one model")
     if (args.encode or args.decode) and not args.out:
         p.error("--encode and --decode need --out DIR")
-    if len(args.models) > 1 and args.out and not args.overfit:
+    if len(args.models) > 1 and args.out and not args.generate:
         p.error("--out goes with one model: drop the option, or name the models one by one")
     for spec in args.models:
         file = Path(spec.rpartition(":")[0] if ".py:" in spec else spec)
@@ -725,8 +699,8 @@ def main(argv=None):
     # fp32 means fp32: TF32 alone moves an rFID in the third digit
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
-    if args.encode or args.decode or args.overfit:
-        import latents                          # here, since it is built on this file
+    if args.encode or args.decode or args.generate:
+        import latents
         latents.run(args, device)
     else:
         score_all(args, device)

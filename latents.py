@@ -1,15 +1,18 @@
 """The latent space in use: latents on disk for diffusion training, and a small DiT trained on them here.
 
     python eval.py last.pt --encode DIR --out FOLDER                 # --decode is the way back
-    python eval.py a.pt b.pt --overfit image.png                     # is a low latent loss a good image?
+    python eval.py a.pt b.pt --generate image.png                    # is a low latent loss a good image?
+    python eval.py a.pt b.pt --generate train --data val --encoder dinov3.safetensors     # and its samples?
 
 Letters: B batch, C channels and h w positions of a latent; for the DiT a latent is N = h w tokens of n = C
 channels, and d is its width.
 """
+import copy
 import json
 import math
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -18,17 +21,38 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (ImageFolder, center_crop, load_image, psnr, refuse_output_inside, save_grid, to_float,
-                    to_uint8)
-from eval import (RANK, WORLD, Crops, batches, check_output, digest, identity, latent_mean_std, latent_sums,
-                  load_model, print_table, to_json)
-from sae_weights import load_safetensors, load_tensors, require, save_safetensors, write
+from common import ImageFolder, check_output, psnr, refuse_output_inside, save_grid, to_float, to_uint8
+from eval import (RANK, WORLD, Crops, FIDInception, at_least, batches, digest, frechet_distance, identity,
+                  latent_mean_std, latent_sums, load_model, print_table, shares, to_json)
+from sae import SAE, DINOv3
+from sae_weights import load_safetensors, load_tensors, require, save_safetensors, torch_load, write
+
+
+def add_options(p, mode):
+    """The options of eval.py that are read here; `mode`: its group of which one is chosen."""
+    count = at_least(1)
+    mode.add_argument("--encode", type=Path, metavar="DIR", help="write its latents to --out DIR")
+    p.add_argument("--flip", action="store_true", help="--encode the mirrored images, too")
+    p.add_argument("--shard", type=count, default=1024, help="latents in a file (1024: 0.7 GB)")
+    mode.add_argument("--decode", type=Path, metavar="PATH", help="write the images of latents to --out DIR")
+    p.add_argument("--normalized", action="store_true", help="--decode z std + mean of latents_stats.pt")
+    mode.add_argument("--generate", type=Path, metavar="PATH",
+                      help="train a DiT on the latents of an image or of a folder; --out DIR")
+    p.add_argument("--encoder", metavar="FILE", help="a DINOv3 file, in whose features samples are measured")
+    p.add_argument("--target", default="v", choices=["v", "x"], help="what it predicts; the loss is of v")
+    p.add_argument("--guidance", type=float, default=1.5, help="of samples by their class; 1 is none")
+    p.add_argument("--seed", type=int, default=0, help="of the DiT and its samples")
+    p.add_argument("--dit-width", type=count, default=384, help="of --generate")
+    p.add_argument("--dit-depth", type=count, default=12, help="of --generate")
+    p.add_argument("--dit-steps", type=count, default=1200, help="of --generate")
+    p.add_argument("--dit-batch", type=count, default=32, help="of --generate")
+    p.add_argument("--dit-lr", type=float, default=2e-4, help="of --generate")
 
 
 def run(args, device):
-    """The mode of eval.py that its options ask for."""
-    if args.overfit:
-        overfit_all(args, device)
+    """The mode that the options ask for."""
+    if args.generate:
+        generate_all(args, device)
     else:
         (encode_folder if args.encode else decode_files)(load_model(args.models[0], args, device), args)
 
@@ -158,7 +182,7 @@ def metadata(path):
         return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__", {})
 
 
-# ------------------------------------------------------------------ one image, one small DiT
+# ------------------------------------------------------------------ a small DiT
 
 class DiTBlock(nn.Module):
     """AdaLN-zero (Peebles and Xie 2023): x [B,N,d], condition c [B,d] -> [B,N,d]."""
@@ -181,111 +205,304 @@ def modulate(x, shift, scale):
 
 
 class DiT(nn.Module):
-    """A DiT of patch 1 without classes: z_t [B,N,n], t [B] in [0,1] -> [B,N,n].
+    """A DiT of patch 1: z_t [B,N,n], t [B] in [0,1], label [B] in 0 .. classes -> [B,N,n].
 
-    The last layer maps d to n, so the output lies in a space of d dimensions: hence the floor of the loss.
+    The label `classes` means any class. The last layer maps d to n, so the output lies in a space of d
+    dimensions: hence the floor of the loss.
     """
 
-    def __init__(self, N, n, d, depth):
+    def __init__(self, N, n, d, depth, classes):
         super().__init__()
+        self.classes = classes
         self.embed, self.position = nn.Linear(n, d), nn.Parameter(0.02 * torch.randn(1, N, d))
-        self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU())
+        self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
+        self.label = nn.Embedding(classes + 1, d)
         self.blocks = nn.ModuleList(DiTBlock(d) for _ in range(depth))
         self.modulation, self.out = nn.Linear(d, 2 * d), nn.Linear(d, n)
         for linear in [*(block.modulation for block in self.blocks), self.modulation, self.out]:
             nn.init.zeros_(linear.weight)       # zero: every block starts as the identity
             nn.init.zeros_(linear.bias)
 
-    def forward(self, z, t):
+    def forward(self, z, t, label):
         angle = 1000 * t[:, None] * 10000 ** (-torch.arange(128, device=t.device) / 128)         # [B,128]
-        c = self.time(torch.cat([angle.cos(), angle.sin()], 1))                          # [B,d]
+        c = F.silu(self.time(torch.cat([angle.cos(), angle.sin()], 1)) + self.label(label))      # [B,d]
         x = self.embed(z) + self.position                                                # [B,N,d]
         for block in self.blocks:
             x = block(x, c)
         return self.out(modulate(x, *self.modulation(c)[:, None].chunk(2, 2)))           # [B,N,n]
 
 
+def shifted(t, m):
+    """t' = s t / (1 + (s - 1) t), s = sqrt(m / 4096): times in [0,1] for latents of m = N n dimensions (RAE).
+
+    Reading: s is 1 at least. Below, small latents would hardly ever see the noise that samples start from.
+    """
+    s = max(1, math.sqrt(m / 4096))
+    return s * t / (1 + (s - 1) * t)
+
+
+def flow_loss(dit, z, label, target, generator):
+    """mean (vhat - v)^2 at z_t = (1 - t) z + t eps with v = eps - z, for drawn t and eps.
+
+    z [B,N,n], label [B]. t is uniform, then shifted for the dimension. A tenth of the labels is left out.
+    """
+    t = shifted(torch.rand(len(z), device=z.device, generator=generator), z[0].numel())  # [B]
+    eps = torch.randn(z.shape, device=z.device, generator=generator)                     # [B,N,n]
+    left_out = torch.rand(len(z), device=z.device, generator=generator) < 0.1            # [B]
+    a = t[:, None, None]                                                                 # t, to multiply
+    out = dit((1 - a) * z + a * eps, t, label.masked_fill(left_out, dit.classes))
+    if target == "v":
+        return F.mse_loss(out, eps - z)
+    return ((out - z) / a.clamp(min=0.05)).square().mean()      # vhat - v = (z - xhat) / t; JiT's bound on t
+
+
+def velocity(dit, z_t, t, label, target, guidance=1):
+    """v at z_t [B,N,n], t [B] > 0: what the DiT predicts, or (z_t - x) / t where it predicts the image x.
+
+    guidance w (Ho and Salimans 2022): out = out(any class) + w (out(label) - out(any class)).
+    """
+    out = dit(z_t, t, label)
+    if guidance != 1 and dit.classes > 1:
+        out = torch.lerp(dit(z_t, t, torch.full_like(label, dit.classes)), out, guidance)
+    return out if target == "v" else (z_t - out) / t[:, None, None]
+
+
+@torch.no_grad()
+def sample(dit, z, label, target, guidance=1, steps=50):
+    """Latents [B,N,n] of the classes label [B] from noise z [B,N,n]: Euler's method from t = 1 to 0."""
+    times = shifted(torch.linspace(1, 0, steps + 1, device=z.device), z[0].numel())
+    for t, after in zip(times, times[1:]):
+        z = z + (after - t) * velocity(dit, z, t.expand(len(z)), label, target, guidance)
+    return z
+
+
+# ------------------------------------------------------------------ who judges the samples
+
+def images_of(folder, args, device):
+    """The centre crops of a folder, [B,3,S,S] in [-1,1] at a time."""
+    steps = shares(range(len(folder.files)), args.batch)
+    for _, images, _ in batches(Crops(args.size, folder), steps, args, "images"):
+        yield to_float(images.to(device))
+
+
+class Judge:
+    """Compares images with the test images, by networks that know no autoencoder.
+
+    fd: Frechet distance to the test images in [CLS ; mean patch token] of --encoder; fid: in Inception's
+    features. class: % of the images to which a linear probe on the former gives the class asked for.
+    """
+
+    def __init__(self, train, test, args, device):
+        teacher = DINOv3.from_pretrained(args.encoder).to(device).requires_grad_(False)
+
+        def features(x):
+            cls, _, patches = teacher(x / 127.5 - 1)                                     # [B,D], [B,h w,D]
+            return torch.cat([cls, patches.mean(1)], 1)                                  # [B,2D]
+
+        self.networks, self.labels = {"fd": features}, torch.tensor(test.labels, device=device)
+        if "fid" not in args.skip:
+            self.networks["fid"] = FIDInception(args.inception, args.fid_dims, args.fid_resize).to(device)
+        seen, self.test = (self.look(images_of(folder, args, device)) for folder in (train, test))
+        labels = torch.tensor(train.labels, device=device)
+        self.probe = fit_probe(seen["fd"], labels) if len(train.classes) > 1 else None
+
+    @torch.no_grad()
+    def look(self, images):
+        """{network: features [n,D]} of images [B,3,S,S] in [-1,1] that come in batches, rounded to uint8."""
+        parts = [[network(x) for network in self.networks.values()] for x in map(to_uint8, images)]
+        return dict(zip(self.networks, map(torch.cat, zip(*parts))))
+
+    def compare(self, **kinds):
+        """{fd_KIND, fid_KIND, class_KIND} of kinds of images with the labels of the test images."""
+        seen = {kind: self.look(images) for kind, images in kinds.items()}
+        scores = {f"{name}_{kind}": frechet_distance(*gaussian(f), *gaussian(self.test[name]))
+                  for kind, features in seen.items() for name, f in features.items()}
+        if self.probe:
+            for kind, features in {**seen, "test": self.test}.items():
+                right = self.probe(features["fd"]).argmax(1) == self.labels
+                scores[f"class_{kind}"] = 100 * right.float().mean().item()
+        return scores
+
+
+def gaussian(features):
+    """(mean [D], covariance [D,D]) of features [n,D], float64."""
+    f = features.double().cpu().numpy()
+    return f.mean(0), np.cov(f.T)
+
+
+def fit_probe(features, labels):
+    """Ridge regression of one-hot labels [n] on features [n,D]: a function of features to class scores."""
+    mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
+    x, y = (features - mean) / std, F.one_hot(labels).to(features)                       # y [n,classes]
+    penalty = 1e-3 * len(x) * torch.eye(x.shape[1], device=x.device)
+    weight = torch.linalg.solve(x.T @ x + penalty, x.T @ (y - y.mean(0)))                # [D,classes]
+    return lambda f: (f - mean) / std @ weight + y.mean(0)
+
+
+# ------------------------------------------------------------------ generation
+
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)               # where losses are compared; t 0 is the image, t 1 noise
 
 
-def velocity(dit, z_t, t, target):
-    """What the DiT predicts at z_t [B,N,n], t [B]: v itself, or the image x, from which v = (z_t - x) / t."""
-    out = dit(z_t, t)
-    return out if target == "v" else (z_t - out) / t.clamp(min=0.05)[:, None, None]      # JiT's bound
+class Generation:
+    """A DiT on the latents of `train`, its losses on a handful of `test`, its samples; files in `folder`.
 
-
-def flow_loss(dit, z, batch, target, generator):
-    """mean (vhat - v)^2 at z_t = (1 - t) z + t eps with v = eps - z, for drawn t and eps; z [1,N,n].
-
-    t is uniform, then shifted for the dimension m = N n: t' = s t / (1 + (s - 1) t), s = sqrt(m / 4096).
+    Latents [B,n,h,w] become tokens [B,N,n] by a mean and a std: two numbers for one image; else by channel,
+    an S-AE's own, or where they are absent (peers, unfinished runs) those of these latents.
     """
-    shift = math.sqrt(z.numel() / 4096)
-    t = torch.rand(batch, device=z.device, generator=generator)                          # [B]
-    t = shift * t / (1 + (shift - 1) * t)
-    eps = torch.randn(batch, *z.shape[1:], device=z.device, generator=generator)         # [B,N,n]
-    a = t[:, None, None]                                                                 # t, to multiply
-    z_t = (1 - a) * z + a * eps                                                          # [B,N,n]
-    # For x the bound on t holds in the target, too, so that a perfect x has loss 0.
-    v = eps - z if target == "v" else (z_t - z) / a.clamp(min=0.05)
-    return F.mse_loss(velocity(dit, z_t, t, target), v)
 
+    def __init__(self, model, train, test, args, folder):
+        self.model, self.test, self.args, self.folder, self.device = model, test, args, folder, model.device
+        z = torch.cat([model.latent(x, i * args.batch)[0]
+                       for i, x in enumerate(images_of(train, args, self.device))])      # [M,n,h,w]
+        sae, self.shape = model.model, z.shape[2:]
+        if len(z) == 1:
+            self.mean, self.std = z.mean(), z.std()
+        elif isinstance(sae, SAE) and sae.latent_mean.isfinite().all():
+            self.mean, self.std = sae.latent_mean, sae.latent_std
+        else:
+            mean, std = latent_mean_std(latent_sums(z), len(z))
+            self.mean, self.std = mean.to(z), std.to(z).clamp(min=1e-6)
+        self.z, self.labels = self.tokens(z), torch.tensor(train.labels, device=self.device)
+        self.choose(test)
 
-def overfit(model, args, folder):
-    """Train a DiT on the latent of the image --overfit: records of latent loss and decoded image in `folder`.
+        _, N, n = self.z.shape
+        torch.manual_seed(args.seed)
+        self.dit = DiT(N, n, args.dit_width, args.dit_depth, len(train.classes)).to(self.device)
+        self.ema = copy.deepcopy(self.dit).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.dit.parameters(), lr=args.dit_lr, weight_decay=0, fused=True)
+        self.step, self.records = 0, []
 
-    With --target v and a width d < n the loss cannot go below (n - d) / n (RAE, Theorem 1); with x it can.
-    The latent is brought to mean 0 and variance 1.
-    """
-    image = np.array(center_crop(load_image(args.overfit), args.size))
-    x = to_float(torch.from_numpy(image)[None].to(model.device))                         # [1,3,S,S]
-    z, _, clean = model.reconstruct(x)                                                   # [1,n,h,w]
-    mean, std, shape = z.mean(), z.std(), z.shape[2:]
-    z = ((z - mean) / std).flatten(2).transpose(1, 2)                                    # [1,N,n]
-    _, N, n = z.shape
-    torch.manual_seed(0)
-    dit = DiT(N, n, args.dit_width, args.dit_depth).to(model.device)
-    optimizer = torch.optim.AdamW(dit.parameters(), lr=args.dit_lr, weight_decay=0)
-    eps = torch.randn(len(TIMES), N, n, generator=torch.Generator().manual_seed(1)).to(model.device)
-    t = torch.tensor(TIMES, device=model.device)
-    a, records = t[:, None, None], []
-    floor = max(0, (n - args.dit_width) / n) if args.target == "v" else 0
-    about = {"model": model.name, "n": n, "floor": floor,
-             "reconstruction_psnr": psnr(to_uint8(x), to_uint8(clean)).item()}
+        images = [identity(file) for file in train.files + test.files]
+        options = {key: value for key, value in vars(args).items() if key.startswith("dit_")}
+        self.key = digest(model.identity or model.name, images, options, args.size, args.sample, args.seed,
+                          args.target)
+
+    def choose(self, test, most=8):
+        """The handful of evenly spaced test images x [K,3,S,S] on which losses are compared."""
+        index = np.linspace(0, len(test.files) - 1, min(most, len(test.files))).astype(int)
+        crops = Crops(self.args.size, test)
+        self.x = to_float(torch.stack([crops[i][1] for i in index])).to(self.device)
+        z, _, self.xhat = self.model.reconstruct(self.x)
+        self.z_test, self.labels_test = self.tokens(z), torch.tensor(test.labels, device=self.device)[index]
+
+    def tokens(self, z):
+        return (z.flatten(2).transpose(1, 2) - self.mean) / self.std                     # [B,N,n]
 
     @torch.no_grad()
-    def record(step):
+    def images(self, tokens):
+        z = (tokens * self.std + self.mean).transpose(1, 2).unflatten(2, self.shape)     # [B,n,h,w]
+        return torch.cat([self.model.decode(part) for part in z.split(self.args.batch)])         # [B,3,S,S]
+
+    def train(self):
+        """From dit.pt or from the start, up to --dit-steps."""
+        args, generator = self.args, torch.Generator(self.device)
+        self.resume()
+        if not self.records:
+            self.record()
+        steps = range(self.step + 1, args.dit_steps + 1)
+        for self.step in tqdm(steps, self.model.name[-30:], unit="step"):
+            generator.manual_seed(1_000_003 * args.seed + self.step)    # so that a run goes on exactly
+            i = torch.randint(len(self.z), (args.dit_batch,), device=self.device, generator=generator)
+            loss = flow_loss(self.dit, self.z[i], self.labels[i], args.target, generator)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            # Up over the first twentieth, and down to 0 over the second half.
+            s = (self.step - 0.5) / args.dit_steps
+            self.optimizer.param_groups[0]["lr"] = args.dit_lr * min(1, 20 * s, 2 * (1 - s))
+            self.optimizer.step()
+            # Over about the last tenth of the steps so far, in a run of any length (Karras et al. 2024).
+            weight = 1 - (1 - 1 / self.step) ** 8
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.dit.parameters()), weight)
+            if self.step % max(1, args.dit_steps // 20) == 0 or self.step == args.dit_steps:
+                self.record()
+
+    @torch.no_grad()
+    def record(self):
+        """The averaged DiT's losses at TIMES, in latents and in images: a line, a picture, a checkpoint."""
+        z, x, K, T, n = self.z_test[:, None], self.x[:, None], len(self.x), len(TIMES), self.z.shape[2]
+        eps = torch.randn(K, T, *z.shape[2:], generator=torch.Generator().manual_seed(1)).to(z)  # [K,T,N,n]
+        t = torch.tensor(TIMES, device=self.device)
+        a = t[:, None, None]                                                             # [T,1,1]
         z_t = (1 - a) * z + a * eps
-        v = velocity(dit, z_t, t, args.target)
-        losses = (v - (eps - z)).square().flatten(1).mean(1)
-        latents = ((z_t - a * v) * std + mean).transpose(1, 2).unflatten(2, shape)       # [5,n,h,w]
-        images = torch.cat([model.decode(latent[None]) for latent in latents])           # [5,3,S,S]
-        records.append(about | {
-            "step": step, "latent_loss": losses.mean().item(), "rgb_l1": (images - x).abs().mean().item(),
-            "rgb_psnr": psnr(to_uint8(x), to_uint8(images)).mean().item(),
-            "latent_loss_at": dict(zip(map(str, TIMES), losses.tolist()))})
-        write(folder / "metrics.jsonl", lambda file: file.writelines(map(to_json, records)))
-        # the image, its reconstruction, what the DiT makes of it from each time
-        save_grid(folder / f"{step:06}.png", torch.cat([x, clean, images]))
+        v = velocity(self.ema, z_t.flatten(0, 1), t.repeat(K), self.labels_test.repeat_interleave(T),
+                     self.args.target).view_as(z_t)
+        losses = (v - (eps - z)).square().mean((0, 2, 3))                                # [T]
+        images = self.images((z_t - a * v).flatten(0, 1)).unflatten(0, (K, T))           # [K,T,3,S,S]
+        db = psnr(to_uint8(x).expand_as(images).flatten(0, 1), to_uint8(images).flatten(0, 1))
 
-    record(0)
-    generator = torch.Generator(model.device)
-    for step in tqdm(range(1, args.dit_steps + 1), model.name[-30:], unit="step"):
-        loss = flow_loss(dit, z, args.dit_batch, args.target, generator.manual_seed(step))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if step % max(1, args.dit_steps // 20) == 0 or step == args.dit_steps:
-            record(step)
-    return records[-1]
+        record = {"model": self.model.name, "step": self.step, "n": n, "latent_loss": losses.mean().item(),
+                  "latent_loss_at": dict(zip(map(str, TIMES), losses.tolist())),
+                  "rgb_l1": (images - x).abs().mean().item(), "rgb_psnr": db.mean().item(),
+                  "reconstruction_psnr": psnr(to_uint8(self.x), to_uint8(self.xhat)).mean().item()}
+        if len(self.z) == 1:                    # of one image (RAE, Theorem 1), and not of x
+            record["floor"] = max(0, 1 - self.args.dit_width / n) if self.args.target == "v" else 0
+        self.records.append(record)
+        # a row an image: itself, its reconstruction, what the DiT makes of it from each time
+        save_grid(self.folder / f"{self.step:06}.png", *torch.cat([x, self.xhat[:, None], images], 1))
+        self.save(dit=self.dit.state_dict(), optimizer=self.optimizer.state_dict())
+
+    def samples(self, labels):
+        """Images [B,3,S,S] of the classes labels, --batch at a time."""
+        generator = torch.Generator(self.device).manual_seed(self.args.seed)
+        for label in labels.split(self.args.batch):
+            noise = torch.randn(len(label), *self.z.shape[1:], device=self.device, generator=generator)
+            yield self.images(sample(self.ema, noise, label, self.args.target, self.args.guidance))
+
+    def finish(self, judge):
+        """samples.png, a row for each of the first 16 classes, and what the judge says: the last record."""
+        rows = torch.arange(min(16, self.dit.classes), device=self.device).repeat_interleave(8)
+        save_grid(self.folder / "samples.png", *torch.cat(list(self.samples(rows))).split(8))
+        if judge:
+            reconstructions = (self.model.reconstruct(x, i * self.args.batch)[2]
+                               for i, x in enumerate(images_of(self.test, self.args, self.device)))
+            self.records[-1] |= judge.compare(gen=self.samples(judge.labels), rec=reconstructions)
+        self.save()                             # of the weights, those that made the samples alone
+        return self.records[-1]
+
+    def save(self, **more):
+        state = {"key": self.key, "step": self.step, "records": self.records, "ema": self.ema.state_dict()}
+        write(self.folder / "dit.pt", lambda file: torch.save(state | more, file))
+        write(self.folder / "metrics.jsonl", lambda file: file.writelines(map(to_json, self.records)))
+
+    def resume(self):
+        path = self.folder / "dit.pt"
+        if not path.exists():
+            return
+        state = torch_load(path)
+        require(state["key"] == self.key, f"{path} is of other weights, images or options: delete it, or "
+                                          "choose another --out")
+        self.step, self.records = state["step"], state["records"]
+        self.ema.load_state_dict(state["ema"])
+        if "dit" in state:                      # not in that of a run that has ended
+            self.dit.load_state_dict(state["dit"])
+            self.optimizer.load_state_dict(state["optimizer"])
 
 
-def overfit_all(args, device):
-    """--overfit of every model, each in a folder of its own, and one table."""
-    require(WORLD == 1, "--overfit trains on one device: run it without torchrun")
+def generate_all(args, device):
+    """--generate with every model, each in a folder of its own, and one table."""
+    require(WORLD == 1, "--generate trains on one device: run it without torchrun")
+    train = test = SimpleNamespace(files=[str(args.generate)], labels=[0], classes=[""])
+    many = args.generate.is_dir()
+    if many:
+        train, test = ImageFolder(args.generate, option="--generate"), ImageFolder(args.data)
+        require(args.encoder, "--generate DIR measures samples in a teacher's features: name a DINOv3 file "
+                              "with --encoder")
+        differ = sorted(set(train.classes) ^ set(test.classes))
+        require(not differ or len(train.classes) == len(test.classes) == 1,
+                f"{''.join(differ[:1])} is in one of --generate and --data alone, and samples of a class "
+                "need test images of it: pass folders of the same classes")
+    out = args.out or Path("runs/generate")
+    outputs = [out / f"{i}-{Path(spec).stem}" for i, spec in enumerate(args.models)]
+    for folder in outputs:
+        check_output(folder / "metrics.jsonl", *([train, test] if many else []))
+    judge = Judge(train, test, args, device) if many else None
+
     rows = []
-    for i, spec in enumerate(args.models):
-        folder = (args.out or Path("runs/overfit")) / f"{i}-{Path(spec).stem}"
-        check_output(folder / "metrics.jsonl")
-        rows.append(overfit(load_model(spec, args, device), args, folder))
+    for spec, folder in zip(args.models, outputs):
+        run = Generation(load_model(spec, args, device), train, test, args, folder)
+        run.train()
+        rows.append(run.finish(judge))
     print_table(rows, {"n": 0, "floor": 4, "latent_loss": 4, "rgb_l1": 4, "rgb_psnr": 2,
-                       "reconstruction_psnr": 2})
+                       "reconstruction_psnr": 2, "fd_gen": 3, "fd_rec": 3, "fid_gen": 2, "fid_rec": 2,
+                       "class_gen": 1, "class_rec": 1, "class_test": 1})

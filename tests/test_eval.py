@@ -28,15 +28,16 @@ from torch.nn import functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from timm.models import save_for_hf
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 import eval as E
+import latents as latents_py
 from common import ImageFolder, center_crop
 from sae import SAE, DINOv3, DINOv3Config, SAEConfig, philox_normal
-from sae_weights import CHECKPOINT_VERSION
+from sae_weights import CHECKPOINT_VERSION, save_safetensors
 from test_common import pack
 
 ROOT = Path(E.__file__).parent
@@ -640,12 +641,12 @@ def codecs(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def overfits(photos, codecs, tmp_path_factory):
+def generated(photos, codecs, tmp_path_factory):
     """{target: (records of Exact, of Blurred, printed table, folder)} of DiTs of width 48 on one image."""
-    root, found = tmp_path_factory.mktemp("overfit"), {}
+    root, found = tmp_path_factory.mktemp("one"), {}
     for target in "vx":
         with redirect_stdout(io.StringIO()) as printed:
-            command(f"{codecs}:Exact", f"{codecs}:Blurred", "--overfit", photos / "red/03.png", "--size", 32,
+            command(f"{codecs}:Exact", f"{codecs}:Blurred", "--generate", photos / "red/03.png", "--size", 32,
                     "--target", target, "--dit-width", 48, "--dit-depth", 1, "--dit-steps", 240,
                     "--dit-batch", 8, "--dit-lr", 3e-3, "--out", root / target)
         exact, blurred = ([json.loads(line) for line in file.read_text().splitlines()]
@@ -654,23 +655,23 @@ def overfits(photos, codecs, tmp_path_factory):
     return found
 
 
-def test_velocity_loss_comes_down_to_its_floor_and_not_below(overfits):
+def test_velocity_loss_comes_down_to_its_floor_and_not_below(generated):
     """(n - d) / n = 144 / 192 for a network of width d = 48 (Zheng et al. 2025, RAE, Theorem 1)."""
-    exact, blurred, *_ = overfits["v"]
+    exact, blurred, *_ = generated["v"]
     losses = [r["latent_loss"] for r in exact]
     assert exact[0]["floor"] == 0.75 and blurred[0]["floor"] == 0
     assert min(losses) > 0.75 - 0.03            # the fixed noise has a spread of 1 %
     assert losses[-1] < 0.9 < losses[0] and blurred[-1]["latent_loss"] < 0.5
 
 
-def test_predicting_the_image_goes_below_the_floor_of_the_velocity(overfits):
-    exact, *_ = overfits["x"]
+def test_predicting_the_image_goes_below_the_floor_of_the_velocity(generated):
+    exact, *_ = generated["x"]
     assert exact[0]["floor"] == 0 and exact[-1]["latent_loss"] < 0.5
 
 
-def test_the_better_autoencoder_wins_by_its_images_and_both_are_reported(overfits):
+def test_the_better_autoencoder_wins_by_its_images_and_both_are_reported(generated):
     """With --target x both latents are learned; the decoded image says which autoencoder is good."""
-    exact, blurred, printed, folder = overfits["x"]
+    exact, blurred, printed, folder = generated["x"]
     assert exact[-1]["rgb_l1"] < blurred[-1]["rgb_l1"]
     assert exact[-1]["reconstruction_psnr"] is None             # it comes back exactly
     assert blurred[-1]["reconstruction_psnr"] < 20
@@ -681,6 +682,114 @@ def test_the_better_autoencoder_wins_by_its_images_and_both_are_reported(overfit
     assert all([r["step"] for r in records] == list(range(0, 241, 12)) for records in (exact, blurred))
     with Image.open(next(folder.glob("*/000240.png"))) as row:
         assert row.size == (7 * 32, 32)
+
+
+TINY_DIT = ["--target", "x", "--dit-width", 32, "--dit-depth", 1, "--dit-steps", 6, "--dit-batch", 4,
+            "--skip", "fid", *FAST]
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    torch.manual_seed(0)
+    encoder = DINOv3(DINOv3Config(width=64, depth=1, hidden=64, gated=False, qkv_bias=True, registers=0))
+    path = tmp_path_factory.mktemp("teacher") / "dinov3.safetensors"
+    save_safetensors(encoder.state_dict(), path)
+    return path
+
+
+def generating(halves, teacher):
+    return ["--generate", halves / "train", "--data", halves / "val", "--encoder", teacher, *TINY_DIT]
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_samples_of_a_folder_are_measured_beside_reconstructions(
+        halves, checkpoint, codecs, teacher, tmp_path, capsys):
+    command(checkpoint, f"{codecs}:Exact", *generating(halves, teacher), "--out", tmp_path)
+    sae, exact = records(tmp_path / "0-last")[-1], records(tmp_path / "1-codecs")[-1]
+    assert sae["step"] == 6 and "floor" not in sae and exact["fd_rec"] == pytest.approx(0, abs=1e-6)
+    assert exact["class_rec"] == exact["class_test"] == sae["class_test"]
+    assert 0 <= sae["class_gen"] <= 100 and sae["fd_gen"] > 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[-5:] == ["fd_gen", "fd_rec", "class_gen", "class_rec", "class_test"]
+    assert len(rows) == 2
+    assert rows[0].split()[-1] == f"{sae['class_test']:.1f}"
+    for name, size in ("samples", (8 * 32, 3 * 32)), ("000006", (7 * 32, 8 * 32)):
+        with Image.open(tmp_path / f"0-last/{name}.png") as grid:
+            assert grid.size == size
+
+
+def test_an_interrupted_training_of_the_dit_goes_on_exactly(
+        halves, checkpoint, teacher, tmp_path, monkeypatch):
+    words = [checkpoint, *generating(halves, teacher)]
+    command(*words, "--out", tmp_path / "whole")
+    flow_loss, calls = latents_py.flow_loss, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return flow_loss(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(latents_py, "flow_loss", interrupted)
+        command(*words, "--out", tmp_path / "parts")
+    assert [r["step"] for r in records(tmp_path / "parts/0-last")] == list(range(4))
+    command(*words, "--out", tmp_path / "parts")
+    whole, parts = (torch.load(tmp_path / name / "0-last/dit.pt") for name in ("whole", "parts"))
+    assert whole["records"] == parts["records"] and parts.keys() == {"key", "step", "records", "ema"}
+    assert all(torch.equal(t, parts["ema"][name]) for name, t in whole["ema"].items())
+    assert "of other weights, images or options" in refusal(*words, "--seed", 1, "--out", tmp_path / "parts")
+
+
+def test_folders_that_cannot_serve_generation_are_refused(photos, halves, checkpoint, teacher, tmp_path):
+    words = [checkpoint, "--generate", halves / "train", *TINY_DIT, "--out", tmp_path / "out"]
+    assert "with --encoder" in refusal(*words, "--data", halves / "val")
+    shutil.copytree(halves / "val", tmp_path / "renamed")
+    (tmp_path / "renamed/red").rename(tmp_path / "renamed/crimson")
+    assert "crimson is in one of" in refusal(*words, "--data", tmp_path / "renamed", "--encoder", teacher)
+    words[-1] = halves / "val"
+    assert "inside the images of" in refusal(*words, "--data", halves / "val", "--encoder", teacher)
+    gone = tmp_path / "gone.png"
+    assert "gone.png" in refusal(checkpoint, "--generate", gone, *TINY_DIT, "--out", tmp_path / "out")
+
+
+def test_a_perfect_prediction_is_sampled_exactly_in_any_number_of_steps():
+    """The path from noise to the image is straight: v = eps - x is the same at all of its points."""
+    x, noise = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    for steps in 1, 2, 7:
+        for target, perfect in ("x", x), ("v", noise - x):
+            def dit(z, t, label):
+                return perfect
+            z = latents_py.sample(dit, noise, torch.zeros(2).long(), target, steps=steps)
+            assert torch.allclose(z, x, atol=1e-5)
+
+
+def test_each_class_is_sampled_by_its_label():
+    torch.manual_seed(0)
+    z = torch.randn(2, 4, 8)                    # [B,N,n]
+    dit, generator = latents_py.DiT(4, 8, 64, 1, classes=2), torch.Generator()
+    optimizer = torch.optim.Adam(dit.parameters(), 3e-3)
+    for step in range(200):
+        label = torch.arange(16) % 2
+        loss = latents_py.flow_loss(dit, z[label], label, "v", generator.manual_seed(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    label = torch.arange(8) % 2
+    for guidance in 1, 1.5:
+        drawn = latents_py.sample(dit, torch.randn(8, 4, 8), label, "v", guidance)
+        own, other = ((drawn - z[k]).square().mean((1, 2)) for k in (label, 1 - label))
+        assert own.mean() < 0.1 and (own < other / 4).all(), guidance
+
+
+def test_the_probe_is_ridge_regression():
+    x, y = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(60) % 3
+    standard = (x - x.mean(0)) / x.std(0)
+    oracle = Ridge(1e-3 * 60).fit(standard, F.one_hot(y))
+    assert np.allclose(latents_py.fit_probe(x, y)(x), oracle.predict(standard), atol=1e-4)
 
 
 # ------------------------------------------------------------------ peers
@@ -929,7 +1038,7 @@ def test_an_output_that_cannot_be_written_is_told_before_the_pass(photos, checkp
     for folder in tmp_path / "file", Path("/proc/self"), tmp_path / ("x" * 300):
         for words in (["--data", photos, *NO_NETS, "--out", folder / "e.json"],
                       ["--encode", photos, "--out", folder],
-                      ["--overfit", photos / "red/03.png", "--out", folder]):
+                      ["--generate", photos / "red/03.png", "--out", folder]):
             assert "cannot be written" in refusal(checkpoint, *words, *FAST)
     for out in tmp_path, Path("/dev/null"):     # a rename would replace the device
         words = [checkpoint, "--data", photos, *NO_NETS, "--out", out, *FAST]
