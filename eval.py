@@ -4,7 +4,7 @@
     python eval.py last.pt diffusers:stabilityai/sd-vae-ft-mse my.py:load     # the same table for peers
     torchrun --nproc_per_node 8 eval.py last.pt                      # the same numbers from 8 GPUs
     python eval.py last.pt --export FOLDER                           # a model to publish
-    python eval.py last.pt --encode DIR --out FOLDER                 # and --decode, --generate: see latents.py
+    python eval.py last.pt --encode DIR --out FOLDER                 # or --decode, --generate: see latents.py
 
 A model is a checkpoint of train.py, a folder of --export, diffusers:NAME_OR_FOLDER, or FILE.py:FACTORY, where
 FACTORY() gives an object with encode(x) -> z [B,C,...] and decode(z) -> xhat, images [B,3,H,W] in [-1,1].

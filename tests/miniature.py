@@ -53,6 +53,7 @@ ROWS = {
     "E2E": ((), "0"),
     "reg 100, no stage 1": (UNTRAINED, "100"),
     "E2E, no stage 1": (UNTRAINED, "0"),
+    "VAE": (UNTRAINED, "0"),                    # its encoder starts from random weights
     **BREAKS,
 }
 DEMO = ("Freeze", "reg 100", "E2E")
@@ -205,14 +206,14 @@ def run(*command):
     print(f"({time.time() - start:.0f} s)", flush=True)
 
 
-def train(folder, stage, args, paths, *options):
+def train(folder, stage, args, paths, encoder, *options):
     """One train.py command into `folder`, which goes on where it was interrupted."""
     # Chosen for two CPU cores: high rates, a fast EMA. train.py's defaults are the paper's.
     lpips = ["--lpips", "0"]
     if args.lpips_weights:
         lpips = ["--lpips", "10", "--lpips-net", args.lpips_net, "--lpips-weights", args.lpips_weights]
     resume = ["--resume"] if (folder / "last.pt").exists() else []
-    run("train.py", "--stage", stage, "--data", str(paths["train"]), "--encoder", str(paths["encoder"]),
+    run("train.py", "--stage", stage, "--data", str(paths["train"]), "--encoder", str(encoder),
         "--size", str(args.size), "--batch", str(args.batch), "--lr", args.lr[0], "--warmup", "50",
         "--min-lr", "1e-5", "--ema", "0.99", "--gan", args.gan, *lpips, "--image-every", "500",
         "--save-every", "500", "--workers", "1", *options, "--out", str(folder), *resume)
@@ -221,7 +222,8 @@ def train(folder, stage, args, paths, *options):
 def row_folders(name, seed, args):
     """(folder of its stage 1, which rows share; folder of the row's own run)."""
     stage1, reg = ROWS[name]
-    first = args.out / f"seed{seed}" / ("-".join(word.strip("-") for word in stage1) or "freeze").lower()
+    label = "vae" if name == "VAE" else "-".join(word.strip("-") for word in stage1) or "freeze"
+    first = args.out / f"seed{seed}" / label.lower()
     return first, first if reg is None else first.with_name(f"{first.name}-reg{reg}")
 
 
@@ -229,12 +231,13 @@ def train_row(name, seed, args, paths):
     """The folder of the finished run of a row."""
     (stage1, reg), (first, second) = ROWS[name], row_folders(name, seed, args)
     stage1 = [str(paths["width"] // 4) if option == "QUARTER" else option for option in stage1]
+    encoder = paths["random" if name == "VAE" else "encoder"]
     if not (first / "done").exists():           # so that one stage 1 serves many rows
-        train(first, "1", args, paths, "--blocks", "1", "--widths", *args.widths, "--steps", args.steps[0],
-              "--seed", str(seed), *stage1)
+        train(first, "1", args, paths, encoder, "--blocks", "1", "--widths", *args.widths,
+              "--steps", args.steps[0], "--seed", str(seed), *stage1)
         (first / "done").touch()
     if reg is not None:
-        train(second, "2", args, paths, "--reg", reg, "--init", str(first / "last.pt"),
+        train(second, "2", args, paths, encoder, "--reg", reg, "--init", str(first / "last.pt"),
               "--steps", args.steps[1], "--encoder-lr", args.lr[1], "--seed", str(seed))
     return second
 
@@ -418,6 +421,8 @@ def options():
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--steps", nargs=2, default=("300", "1000"), help="of stage 1 and stage 2")
     p.add_argument("--lr", nargs=2, default=("1e-3", "1e-3"), help="of decoder and encoder")
+    # Widths of which a GroupNorm's group has several channels, math.gcd(32, width) groups: with groups of
+    # one, as at 32 and 16, each channel loses its mean, and the decoder its colours: 1.3 dB in 1000 steps.
     p.add_argument("--widths", nargs="+", default=["120", "88", "56", "40", "24"])
     p.add_argument("--gan", default="0", help="weight of the GAN term")
     p.add_argument("--lpips-net", default="vgg")
@@ -448,21 +453,32 @@ def prepare(args):
         drawn = draw_images(data, per_class=400, size=args.size)
         print(f"drew {len(SHAPES)} x 400 images of {args.size}x{args.size} into {data}", flush=True)
         train_teacher(*drawn, encoder, steps=600)
-    return {"train": data / "train", "val": data / "val", "encoder": encoder,
-            "width": DINOv3.from_pretrained(encoder).cfg.width}
+    torch.manual_seed(0)
+    teacher, random = DINOv3.from_pretrained(encoder), args.out / "random.safetensors"
+    save_safetensors(DINOv3(teacher.cfg).state_dict(), random)
+    return {"train": data / "train", "val": data / "val", "encoder": encoder, "random": random,
+            "width": teacher.cfg.width}
 
 
 def main():
     args, start, paths = options(), time.time(), None
     args.results.mkdir(parents=True, exist_ok=True)
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "results", "rows", "seeds")}
+    settings = json.loads(json.dumps(settings))
     for seed in args.seeds:
         for name in args.rows:
             result = args.results / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-seed{seed}.json"
-            if result.exists() or name in BREAKS and seed != args.seeds[0]:
+            if name in BREAKS and seed != args.seeds[0]:
+                continue
+            if result.exists():
+                kept = json.loads(result.read_bytes())["settings"]
+                differ = [f"--{k.replace('_', '-')}" for k in settings if settings[k] != kept.get(k)]
+                if differ:
+                    sys.exit(f"{result} was made with another {', '.join(differ)}: give what it was made with, "
+                             "or name another --out")
                 continue
             paths = paths or prepare(args)
             folder = train_row(name, seed, args, paths)
-            settings = {k: v for k, v in vars(args).items() if k not in ("out", "results", "rows", "seeds")}
             row = {"row": name, "seed": seed, "scores": score_row(folder, args, paths),
                    "settings": settings, "torch": torch.__version__}
             write(result, lambda file: file.write(json.dumps(row, indent=1).encode() + b"\n"))
