@@ -474,8 +474,8 @@ def main():
                 kept = json.loads(result.read_bytes())["settings"]
                 differ = [f"--{k.replace('_', '-')}" for k in settings if settings[k] != kept.get(k)]
                 if differ:
-                    sys.exit(f"{result} was made with another {', '.join(differ)}: give what it was made with, "
-                             "or name another --out")
+                    sys.exit(f"{result} was made with another {', '.join(differ)}: give what it was made "
+                             "with, or name another --out")
                 continue
             paths = paths or prepare(args)
             folder = train_row(name, seed, args, paths)
