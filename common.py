@@ -152,23 +152,27 @@ class Member(NamedTuple):
 
 
 def list_tars(root, tars):
-    """Yields (class, Member) of the files in the tars of `root`, sorted by name. Without a label it is "".
+    """Yields (class, Member) of the files in the tars of `root`, by name; "" is no class.
 
     Reading all headers takes minutes: root/.index.json keeps them until a tar's name, size or time changes.
     """
     index, paths = root / ".index.json", [f"{root}/{tar}" for tar in tars]
     state = [[tar, os.stat(path).st_size, os.stat(path).st_mtime_ns] for tar, path in zip(tars, paths)]
+    state = {"version": 1, "tars": state}       # of what `read_tar` makes of them
     try:
-        indexed, members = json.loads(index.read_bytes())
+        kept = json.loads(index.read_bytes())
     except (OSError, ValueError):
-        indexed = None
-    if indexed != state:
+        kept = None
+    if isinstance(kept, dict) and kept.get("state") == state:
+        members = kept["members"]
+    else:
         first = os.environ.get("RANK", "0") == "0"
         bar = tqdm(paths, f"index of {root}", unit="tar", delay=1, disable=not first)
         members = sorted((name, i, *rest) for i, path in enumerate(bar) for name, *rest in read_tar(path))
         try:
             if first:
-                write(index, lambda file: file.write(json.dumps([state, members]).encode()))
+                content = json.dumps({"state": state, "members": members}).encode()
+                write(index, lambda file: file.write(content))
         except OSError as error:        # others may own the folder, and all works without an index
             print(f"{index} cannot be kept ({error.strerror}), and each start reads all tars: name a folder "
                   "of your own with links to them", file=sys.stderr)
@@ -179,6 +183,7 @@ def list_tars(root, tars):
 def read_tar(path):
     """[(name, offset, size, class)] of the files in a tar. NAME.jpg has its class in NAME.cls or NAME.json.
 
+    Where the class is not found so, NAME ends at the first dot, as WebDataset has it: 0.img.jpg and 0.cls.
     NAME.cls is a number or a name, NAME.json has it as "label" or "cls"; without either it is "". Raises
     ValueError, with the member at fault, for a tar that is damaged, cut short or compressed, or holds links.
     """
@@ -205,7 +210,13 @@ def read_tar(path):
     except (tarfile.TarError, ValueError) as error:
         raise ValueError(f"{path} cannot be read from {last} on ({error}): pack it again, not compressed "
                          "and without links") from error
-    return [(*file, labels.get(os.path.splitext(file[0])[0], "")) for file in files]
+
+    def label(name):
+        folder, file = posixpath.split(name)
+        sample = posixpath.join(folder, file.split(".")[0])
+        return labels.get(os.path.splitext(name)[0], labels.get(sample, ""))
+
+    return [(*file, label(file[0])) for file in files]
 
 
 # ------------------------------------------------------------------ one image

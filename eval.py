@@ -220,14 +220,17 @@ def latent_mean_std(sums, n):
 
 
 @torch.no_grad()
-def score(model, folder, lpips, networks, args):
-    """PSNR, SSIM, LPIPS, latent statistics and, on rank 0, distances in networks' features, in one pass."""
+def score(model, folder, lpips, networks, args, noise=None):
+    """PSNR, SSIM, LPIPS, latent statistics and, on rank 0, distances in networks' features, in one pass.
+
+    noise: None, or [C], the deviation of what is added to z before it is decoded.
+    """
     n, sums, latents, shape = len(folder), 0, 0, None
     real, fake = ({name: Moments(net.dims, model.device) for name, net in networks.items()} for _ in range(2))
 
     for index, images, _ in batches(Crops(args.size, folder), shares(range(n), args.batch), args, "scores"):
         x = to_float(images.to(model.device, non_blocking=True))                         # [B,3,S,S]
-        z, kl, xhat = model.reconstruct(x, index[0].item())
+        z, kl, xhat = model.reconstruct(x, index[0].item(), noise)
         x8, y8 = to_uint8(x), to_uint8(xhat)    # x8 is the image itself, bit for bit
         db = psnr(x8, y8)                                                                # [B]
         none = torch.full_like(db, math.nan)
@@ -261,10 +264,8 @@ def score_noisy(model, folder, networks, args):
     """{"psnr TAU", "rfid TAU" ..} of decode(z + tau std eps): does it forgive a diffusion model's errors?"""
     result = {}
     for tau in args.latent_noise:
-        model.noise = tau * model.std
-        scores = score(model, folder, None, networks, args)
+        scores = score(model, folder, None, networks, args, noise=tau * model.std)
         result |= {f"{key} {tau}": scores.get(key) for key in ("psnr", *networks)}
-    model.noise = None
     return result
 
 
@@ -435,16 +436,16 @@ class Autoencoder:
 
     encode: x [B,3,S,S] in [-1,1] -> z [B,C,...] or a Posterior of it; decode: z -> xhat [B,3,S,S].
     identity: of its file; None for an object from FILE.py or diffusers, whose weights may change unseen.
-    std: [C] of z, known after `score`. noise: None, or [C], the deviation of noise that z gets before it is
-    decoded. Raises ValueError for weights that are not finite and wrong shapes.
+    std: [C] of z, known after `score`. Raises ValueError for weights that are not finite and wrong shapes.
     """
 
     def __init__(self, name, model, encode, decode, args, device):
         self.name, self.model, self.encode, self.decode = name, model, encode, decode
         self.identity = identity(name) if isinstance(model, SAE) else None
         self.sample, self.layers, self.device = args.sample, args.probe_layers, device
-        self.std = self.noise = None
+        self.std = None
         if isinstance(model, SAE):
+            # The CLS tokens of the last blocks, left here by encoder(x) for `features`.
             blocks, self.cls = model.encoder.blocks, deque(maxlen=self.layers)
             require(self.layers <= len(blocks), f"{name} has {len(blocks)} blocks: lower --probe-layers")
             for block in blocks[-self.layers:]:
@@ -468,14 +469,14 @@ class Autoencoder:
         return q, None
 
     @torch.no_grad()
-    def reconstruct(self, x, first=0):
-        """x [B,3,H,W] in [-1,1] -> z and KL as from `latent`, xhat [B,3,H,W]."""
+    def reconstruct(self, x, first=0, noise=None):
+        """x [B,3,H,W] in [-1,1] -> z and KL as from `latent`, xhat [B,3,H,W]; noise as in `score`."""
         z, kl = self.latent(x, first)
-        if self.noise is None:
+        if noise is None:
             xhat = self.decode(z)
-        else:                                   # seed 0 is that of --sample
+        else:                                   # seed 1, since --sample draws from seed 0
             eps = philox_normal(z.numel(), 1, first * z[0].numel(), z.device).view(z.shape)
-            xhat = self.decode(z + eps * self.noise.to(z).view(-1, *[1] * (z.dim() - 2)))
+            xhat = self.decode(z + eps * noise.to(z).view(-1, *[1] * (z.dim() - 2)))
         require(torch.is_tensor(xhat) and xhat.shape == x.shape,
                 f"{self.name} does not give {list(x.shape)} back: pass the --size that it was made for")
         return z, kl, xhat
@@ -612,8 +613,9 @@ def over_ranks(t):
 
 
 def identity(path):
-    """What tells whether a file has changed: path, size and time; of a Member, its tar's."""
-    stat = os.stat(getattr(path, "tar", path))
+    """What tells whether a file has changed: path, size and time; of a Member, those of its tar."""
+    file = getattr(path, "tar", path)
+    stat = os.stat(Path(file, "model.safetensors") if os.path.isdir(file) else file)
     return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
 
 
@@ -639,10 +641,10 @@ def at_least(low):
 
 
 def options(argv):
-    import latents                              # here, since it is built on this file
+    import latents              # here, since it imports this file: a second time, where this is the command
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     count = at_least(1)
-    p.add_argument("models", nargs="+", metavar="MODEL", help="CKPT.pt, diffusers:NAME, FILE.py:FACTORY")
+    p.add_argument("models", nargs="+", metavar="MODEL", help="CKPT.pt, diffusers:NAME, FILE.py:FACTORY ..")
     p.add_argument("--data", default="data/imagenet/val", metavar="DIR", help="images to score")
     p.add_argument("--train", default="data/imagenet/train", metavar="DIR", help="images to train the probe")
     p.add_argument("--size", type=at_least(16), default=256, help="of the centre crop")
@@ -662,7 +664,7 @@ def options(argv):
     p.add_argument("--probe-iterations", type=count, default=12500, help="of the probe's training")
     p.add_argument("--batch", type=count, default=32, help="images at a time on each device")
     p.add_argument("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="for each device")
-    p.add_argument("--out", type=Path, metavar="PATH", help="JSON file (default beside the checkpoint)")
+    p.add_argument("--out", type=Path, metavar="PATH", help="JSON file, by default beside the checkpoint")
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("--export", type=Path, metavar="FOLDER", help="write the model there, to publish it")
     p.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the weights of --export")
@@ -759,7 +761,7 @@ def default_output(spec):
     """The JSON of a checkpoint is beside it, that of a peer in runs/."""
     if spec.startswith("diffusers:") or ".py:" in spec:
         return Path("runs") / re.sub(r"[^\w.-]+", "-", spec).strip("-.") / "eval.json"
-    return Path(spec).with_suffix(".eval.json")
+    return Path(f"{Path(spec)}.eval.json") if Path(spec).is_dir() else Path(spec).with_suffix(".eval.json")
 
 
 def write_json(path, row):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import ImageFolder, check_output, psnr, refuse_output_inside, save_grid, to_float, to_uint8
+from common import ImageFolder, check_output, psnr, save_grid, to_float, to_uint8
 from eval import (RANK, WORLD, Crops, FIDInception, at_least, batches, digest, frechet_distance, identity,
                   latent_mean_std, latent_sums, load_model, print_table, shares, to_json)
 from sae import SAE, DINOv3
@@ -39,7 +39,7 @@ def add_options(p, mode):
     mode.add_argument("--generate", type=Path, metavar="PATH",
                       help="train a DiT on the latents of an image or of a folder; --out DIR")
     p.add_argument("--encoder", metavar="FILE", help="a DINOv3 file, in whose features samples are measured")
-    p.add_argument("--target", default="v", choices=["v", "x"], help="what it predicts; the loss is of v")
+    p.add_argument("--target", default="v", choices=["v", "x"], help="what the DiT predicts; x: the latent")
     p.add_argument("--guidance", type=float, default=1.5, help="of samples by their class; 1 is none")
     p.add_argument("--seed", type=int, default=0, help="of the DiT and its samples")
     p.add_argument("--dit-width", type=count, default=384, help="of --generate")
@@ -54,7 +54,8 @@ def run(args, device):
     if args.generate:
         generate_all(args, device)
     else:
-        (encode_folder if args.encode else decode_files)(load_model(args.models[0], args, device), args)
+        work = encode_folder if args.encode else decode_files
+        work(load_model(args.models[0], args, device), args)
 
 
 # ------------------------------------------------------------------ latents on disk
@@ -141,8 +142,8 @@ def decode_files(model, args):
         require({"mean", "std"} <= stats.keys(), f"latents_stats.pt beside {paths[0]} has no mean and std")
         mean, std = stats["mean"], stats["std"]                                          # [1,C,1,1]
     for images in {metadata(path).get("images", "") for path in paths}:
-        if images and Path(images).is_dir():
-            refuse_output_inside(args.out, ImageFolder(images))
+        require(not images or not args.out.resolve().is_relative_to(Path(images).resolve()),
+                f"the output {args.out} lies inside the encoded images {images}: give another --out")
     for path in paths[RANK::WORLD]:
         decode_shard(model, path, mean, std, args)
 
@@ -253,11 +254,11 @@ def flow_loss(dit, z, label, target, generator):
     out = dit((1 - a) * z + a * eps, t, label.masked_fill(left_out, dit.classes))
     if target == "v":
         return F.mse_loss(out, eps - z)
-    return ((out - z) / a.clamp(min=0.05)).square().mean()      # vhat - v = (z - xhat) / t; JiT's bound on t
+    return ((out - z) / a.clamp(min=0.05)).square().mean()      # vhat - v = (z - zhat) / t; JiT's bound on t
 
 
 def velocity(dit, z_t, t, label, target, guidance=1):
-    """v at z_t [B,N,n], t [B] > 0: what the DiT predicts, or (z_t - x) / t where it predicts the image x.
+    """v at z_t [B,N,n], t [B] > 0: what the DiT predicts, or (z_t - zhat) / t where it predicts the latent.
 
     guidance w (Ho and Salimans 2022): out = out(any class) + w (out(label) - out(any class)).
     """
@@ -302,9 +303,10 @@ class Judge:
         self.networks, self.labels = {"fd": features}, torch.tensor(test.labels, device=device)
         if "fid" not in args.skip:
             self.networks["fid"] = FIDInception(args.inception, args.fid_dims, args.fid_resize).to(device)
-        seen, self.test = (self.look(images_of(folder, args, device)) for folder in (train, test))
-        labels = torch.tensor(train.labels, device=device)
-        self.probe = fit_probe(seen["fd"], labels) if len(train.classes) > 1 else None
+        self.test, self.probe = self.look(images_of(test, args, device)), None
+        if len(train.classes) > 1:
+            seen = torch.cat([features(to_uint8(x)) for x in images_of(train, args, device)])
+            self.probe = fit_probe(seen, torch.tensor(train.labels, device=device))
 
     @torch.no_grad()
     def look(self, images):
@@ -313,7 +315,7 @@ class Judge:
         return dict(zip(self.networks, map(torch.cat, zip(*parts))))
 
     def compare(self, **kinds):
-        """{fd_KIND, fid_KIND, class_KIND} of kinds of images with the labels of the test images."""
+        """{fd_KIND, fid_KIND, class_KIND} of each kind of images; their labels are the test images'."""
         seen = {kind: self.look(images) for kind, images in kinds.items()}
         scores = {f"{name}_{kind}": frechet_distance(*gaussian(f), *gaussian(self.test[name]))
                   for kind, features in seen.items() for name, f in features.items()}
@@ -435,7 +437,7 @@ class Generation:
                   "latent_loss_at": dict(zip(map(str, TIMES), losses.tolist())),
                   "rgb_l1": (images - x).abs().mean().item(), "rgb_psnr": db.mean().item(),
                   "reconstruction_psnr": psnr(to_uint8(self.x), to_uint8(self.xhat)).mean().item()}
-        if len(self.z) == 1:                    # of one image (RAE, Theorem 1), and not of x
+        if len(self.z) == 1:                    # one image's v has a floor (RAE, Theorem 1); x has none
             record["floor"] = max(0, 1 - self.args.dit_width / n) if self.args.target == "v" else 0
         self.records.append(record)
         # a row an image: itself, its reconstruction, what the DiT makes of it from each time
@@ -457,7 +459,7 @@ class Generation:
             reconstructions = (self.model.reconstruct(x, i * self.args.batch)[2]
                                for i, x in enumerate(images_of(self.test, self.args, self.device)))
             self.records[-1] |= judge.compare(gen=self.samples(judge.labels), rec=reconstructions)
-        self.save()                             # of the weights, those that made the samples alone
+        self.save()                             # without the optimizer: the run is over
         return self.records[-1]
 
     def save(self, **more):

@@ -1,6 +1,6 @@
 """The files of weights: checkpoints, models to publish, DINOv3 in all its namings, safetensors.
 
-Every reader gives what it promises or raises ValueError with one sentence that names the file. Nothing here
+A file that is damaged, or another than asked for, is a ValueError of one sentence that names it. Nothing here
 imports sae.py, which imports this.
 """
 import json
@@ -95,7 +95,7 @@ applies to them, and a copy of it must go with them.
 
 def load_sae(path):
     """(sae.SAEConfig as a dict, {name: fp32 tensor}) of what sae.SAE.from_pretrained takes."""
-    # owner/name, but not the runs/last.pt that is not there
+    # What is not here and looks like owner/name is on the hub; a runs/last.pt is only missing.
     if not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.pt)", str(path)):
         path = download(path)
     if not Path(path).is_dir():
@@ -104,7 +104,8 @@ def load_sae(path):
     file = Path(path, "config.json")
     about = read_json(file) if file.exists() else {}
     require(about.get("model_type") == "sae" and about.get("version") == EXPORT_VERSION,
-            f"{path} is no folder of SAE.save_pretrained, version {EXPORT_VERSION}: its config.json says so")
+            f"{path} is no folder of SAE.save_pretrained, version {EXPORT_VERSION}: its config.json is absent or "
+            "says otherwise")
     return about.get("config"), {name: t.float() for name, t in load_tensors(path).items()}
 
 
@@ -122,8 +123,9 @@ def download(name):
 
 
 def export(weights, config, folder, dtype, scores):
-    """The folder that sae.SAE.save_pretrained promises: `weights` by name, `config` of sae.SAEConfig."""
-    folder, part = Path(folder), Path(f"{folder}.tmp")
+    """Write what sae.SAE.save_pretrained promises: `weights` by name, `config` a sae.SAEConfig as a dict."""
+    folder = Path(folder)
+    part = Path(f"{folder}.tmp")
     require(not folder.exists() or folder.is_dir() and not any(folder.iterdir()),
             f"{folder} holds something already: name a new folder, or remove what is there")
     # The statistics of the latent stay as they are: they are few, and what normalize gives depends on them.
@@ -200,12 +202,15 @@ def rename_dinov3(tensors, path, dtype):
             name = pattern.sub(replacement, name)
         if not PRETRAINING_ONLY.match(name):
             ours[name] = t
-    if "cls_token" in tensors:          # Meta and timm leave out what Hugging Face keeps empty
+    # Without registers, Meta's and timm's files have no such tensor, Hugging Face's an empty one.
+    if "cls_token" in tensors and tensors["cls_token"].dim() == 3:
         ours.setdefault("registers", tensors["cls_token"][:, :0])
     for name in "cls_token", "registers", "blocks.0.norm1.weight":
         require(name in ours, f"{path} holds no DINOv3 ViT: no {name} among its {len(tensors)} tensors")
+    for name in "cls_token", "registers":
+        require(ours[name].dim() == 3, f"{path} holds no DINOv3 ViT: its {name} is {list(ours[name].shape)}")
     for i in range(count_blocks(ours)):
-        pack_qkv(ours, f"blocks.{i}.", dtype)
+        pack_qkv(ours, f"blocks.{i}.", path, dtype)
     return {name: t.to(dtype) for name, t in ours.items()}
 
 
@@ -213,14 +218,16 @@ def count_blocks(tensors):
     return len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
 
 
-def pack_qkv(tensors, block, dtype):
+def pack_qkv(tensors, block, path, dtype):
     """Hugging Face's three matrices become one; timm's and Meta's packed bias becomes those of Q and V."""
     parts = [tensors.pop(f"{block}{c}_proj.weight") for c in "qkv" if f"{block}{c}_proj.weight" in tensors]
     if parts:
+        require(len({p.shape for p in parts}) == 1, f"{path} has Q, K and V of different shapes in {block}")
         tensors[block + "qkv.weight"] = torch.cat([p.to(dtype) for p in parts])
     if block + "qkv.bias" in tensors:
         # Meta's bias_mask is 0 on the K part, where the bias may hold anything, NaN included.
         bias = tensors.pop(block + "qkv.bias")
+        require(len(bias) % 3 == 0, f"{path} has a {block}qkv.bias of {len(bias)}, which is not three parts")
         mask = tensors.pop(block + "qkv.bias_mask", torch.ones_like(bias))
         q, k, v = torch.where(mask != 0, bias, torch.zeros_like(bias)).chunk(3)
         tensors |= {block + "q_bias": q, block + "k_bias": k, block + "v_bias": v}
@@ -244,9 +251,9 @@ def settings_beside(folder):
     images = read_json(images_file) if images_file.exists() else {}
     kind = config.get("model_type", config.get("architecture"))
     require(not config or "dinov3" in str(kind), f"{file} describes {kind}, not a DINOv3 ViT")
-    if "architecture" in config:        # timm's: what its models of that name have, but for model_args
-        images = config.get("pretrained_cfg", {})
-        other = config.get("model_args", {}).keys() - TIMM_ARGUMENTS
+    if "architecture" in config:        # timm's: that architecture's own settings, but for model_args
+        images = config.get("pretrained_cfg") or {}
+        other = (config.get("model_args") or {}).keys() - TIMM_ARGUMENTS
         require(not other, f"{file} has model_args that are not implemented: {', '.join(sorted(other))}")
         config = {}
     for key, value in ("do_normalize", True), ("do_rescale", True), ("rescale_factor", 1 / 255):
@@ -290,7 +297,10 @@ def hugging_face_config(cfg, tensors):
 
 
 def config_of_dinov3(tensors, path, Config):
-    """The Config, sae.DINOv3Config, of tensors under our names and of the JSON files beside `path`."""
+    """The Config, sae.DINOv3Config, of tensors under our names and of the JSON files beside `path`.
+
+    RoPE periods, which Meta's files hold, are checked and taken out of the tensors.
+    """
     width = tensors["cls_token"].shape[-1]
     up = tensors.get("blocks.0.mlp.up.weight")
     seen = {
@@ -352,6 +362,7 @@ def load_shards(index):
     require(isinstance(file_of, dict), f"{index} has no weight_map from tensors to files")
     tensors = {}
     for file in sorted(set(map(str, file_of.values()))):
+        require(not file.endswith(".json"), f"{index} lists {file}, which holds no tensors: fetch it again")
         tensors |= load_tensors(index.parent / file)
     odd = sorted(file_of.keys() ^ tensors.keys())
     require(not odd, f"{index} and its files differ in {', '.join(odd[:5])}: fetch them again")

@@ -170,8 +170,9 @@ setup(
     extras_require={
         "test": ["pytest>=8", "transformers>=4.56", "timm>=1.0.20", "torch-fidelity>=0.3",
                  "torchmetrics>=1.4", "safetensors>=0.8", "hypothesis>=6", "scikit-learn>=1.4",
-                 "diffusers>=0.37"],
+                 "diffusers>=0.37", "matplotlib>=3.8"],
         # The first diffusers with AutoencoderRAE.
+        "plots": ["matplotlib>=3.8"],
         "peers": ["diffusers>=0.37", "transformers>=4.56", "timm>=1.0.20"],
     },
 )

@@ -1,6 +1,6 @@
 """The whole of S-AE in minutes or hours on two CPU cores, through the command lines a laboratory uses.
 
-    python tests/miniature.py                                           # make demo: three rows, a picture
+    python tests/miniature.py                                           # make demo: three rows, pictures
     python tests/miniature.py --rows all --seeds 0 1 2 --out .miniature         # make miniature: all of it
     python tests/miniature.py --out .photos --data photos --encoder dinov3.safetensors --size 128 \\
         --widths 256 192 96 48 24 --steps 500 1500 --lr 1e-3 3e-4 --gan 1 --lpips-net squeeze \\
@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,7 +38,6 @@ from sae_weights import save_safetensors, write  # noqa: E402
 
 # ------------------------------------------------------------------ the rows
 
-# name: (options of its stage 1, --reg of its stage 2, which Freeze has none of). The names are the paper's.
 UNTRAINED = ("--steps", "1", "--lr", "0")       # a stage 1 that leaves the decoder as it was initialised
 BREAKS = {                                      # where it breaks, or does not; for one seed
     "reg 5000": ((), "5000"),                   # ten times the paper's largest
@@ -45,7 +45,7 @@ BREAKS = {                                      # where it breaks, or does not; 
     "f 64": (("--f", "64"), "100"),
     "z_dim / 4": (("--z-dim", "QUARTER"), "100"),
 }
-ROWS = {
+ROWS = {                                        # (options of stage 1, --reg of stage 2; Freeze has none)
     "Freeze": ((), None),
     "reg 500": ((), "500"),
     "reg 200": ((), "200"),
@@ -64,7 +64,7 @@ What to look for, after as many steps as by default:
   E2E:     the sharpest reconstruction, and the probe collapses: the semantics are gone."""
 PAPER = {                                       # probe %, PSNR on ImageNet 256
     "Freeze": (88.4, 19.39), "reg 500": (87.0, 29.74), "reg 200": (86.1, 32.21), "reg 100": (81.9, 33.84),
-    "E2E": (12.4, 41.35),
+    "E2E": (12.4, 41.35), "VAE": (8.0, 25.29),
 }
 
 # ------------------------------------------------------------------ images
@@ -371,7 +371,7 @@ class Principal:
     def __init__(self, maps):
         rows = maps.transpose(0, 1).flatten(1).T                                         # [n h w,C]
         self.mean = rows.mean(0)
-        _, _, self.basis = torch.pca_lowrank(rows - self.mean, q=3, niter=10)            # [C,3]
+        self.basis = torch.linalg.svd(rows - self.mean, full_matrices=False)[2][:3].T    # [C,3]
         self.scale = 2 * ((rows - self.mean) @ self.basis).std(0)
 
     def paint(self, maps, size):
@@ -381,11 +381,11 @@ class Principal:
 
 
 @torch.no_grad()
-def draw_runs(folders, paths, size, demo, story, n=8):
-    """Two pictures of test images. demo: originals, then a row of reconstructions for each run.
+def draw_runs(folders, paths, size, demo_path, one_path, n=8):
+    """Two pictures of test images. demo_path: originals, then a row of reconstructions for each run.
 
-    story: the first of them on its way through each run: patch tokens, painted by the principal components of
-    the teacher's, so that a run whose tokens have kept their meaning keeps their colours; mu, by its own.
+    one_path: the first of them on its way through each run: patch tokens, painted by the principal components
+    of the teacher's, so that a run whose tokens have kept their meaning keeps their colours; mu, by its own.
     """
     files = ImageFolder(paths["val"]).files
     files = [files[i] for i in np.linspace(0, len(files) - 1, 8 * n).astype(int)]        # 8 n, for the basis
@@ -393,17 +393,17 @@ def draw_runs(folders, paths, size, demo, story, n=8):
     x, shown = to_float(torch.from_numpy(originals)), slice(0, None, 8)                  # [8 n,3,S,S]
     grid = (size // DINOv3.patch,) * 2
     tokens = DINOv3.from_pretrained(paths["encoder"])(x)[2].transpose(1, 2).unflatten(2, grid)
-    teacher = Principal(tokens)                                                          # of [8 n,D,h,w]
+    colours = Principal(tokens)                                                          # of [8 n,D,h,w]
 
     rows, steps = {"original": originals[shown]}, {}
     for name, folder in folders.items():
         sae = SAE.from_pretrained(folder / "last.pt")
         tokens, mu = sae.encoder(x)[2].transpose(1, 2).unflatten(2, grid), sae.encode(x).mode()
         rows[name] = to_pixels(sae.decode(mu[shown]))
-        steps[name] = np.stack([originals[0], teacher.paint(tokens[:1], size)[0],
+        steps[name] = np.stack([originals[0], colours.paint(tokens[:1], size)[0],
                                 Principal(mu).paint(mu[:1], size)[0], rows[name][0]])
-    draw_rows(rows, demo)
-    draw_rows(steps, story, columns=("x", "patch tokens", "mu", "xhat"))
+    draw_rows(rows, demo_path)
+    draw_rows(steps, one_path, columns=("x", "patch tokens", "mu", "xhat"))
 
 
 # ------------------------------------------------------------------ the command
@@ -452,28 +452,42 @@ def prepare(args):
         print(f"drew {len(SHAPES)} x 200 images of {args.size}x{args.size} into {data}", flush=True)
         train_teacher(*drawn, encoder, steps=600)
     torch.manual_seed(0)
-    teacher, random = DINOv3.from_pretrained(encoder), args.out / "random.safetensors"
-    save_safetensors(DINOv3(teacher.cfg).state_dict(), random)
+    teacher, random = DINOv3.from_pretrained(encoder), args.out / "random"
+    random.mkdir(exist_ok=True)
+    save_safetensors(DINOv3(teacher.cfg).state_dict(), random / "model.safetensors")
+    beside = encoder if encoder.is_dir() else encoder.parent
+    for name in "config.json", "preprocessor_config.json":          # they decide heads, eps, mean and std
+        if (beside / name).exists():
+            shutil.copy(beside / name, random)
     return {"train": data / "train", "val": data / "val", "encoder": encoder, "random": random,
             "width": teacher.cfg.width}
 
 
+def check_settings(args):
+    """The options that decide numbers. Ends the program where --out or --results holds those of others."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "results", "rows", "seeds")}
+    settings = json.loads(json.dumps(settings))         # tuples become lists, as in the files
+    own = args.out / "settings.json"
+    for file in [own] * own.exists() + sorted(args.results.glob("*.json")):
+        kept = json.loads(file.read_bytes())
+        kept = kept.get("settings", kept)
+        differ = [f"--{k.replace('_', '-')}" for k in settings if settings[k] != kept.get(k)]
+        if differ:
+            sys.exit(f"{file} was made with another {', '.join(differ)}: give what it was made with, or name "
+                     "another --out and --results")
+    write(own, lambda file: file.write(json.dumps(settings, indent=1).encode() + b"\n"))
+    return settings
+
+
 def main():
     args, start, paths = options(), time.time(), None
-    args.results.mkdir(parents=True, exist_ok=True)
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "results", "rows", "seeds")}
-    settings = json.loads(json.dumps(settings))
+    for folder in args.out, args.results:
+        folder.mkdir(parents=True, exist_ok=True)
+    settings = check_settings(args)
     for seed in args.seeds:
         for name in args.rows:
             result = args.results / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-seed{seed}.json"
-            if name in BREAKS and seed != args.seeds[0]:
-                continue
-            if result.exists():
-                kept = json.loads(result.read_bytes())["settings"]
-                differ = [f"--{k.replace('_', '-')}" for k in settings if settings[k] != kept.get(k)]
-                if differ:
-                    sys.exit(f"{result} was made with another {', '.join(differ)}: give what it was made "
-                             "with, or name another --out")
+            if result.exists() or name in BREAKS and seed != args.seeds[0]:
                 continue
             paths = paths or prepare(args)
             folder = train_row(name, seed, args, paths)
@@ -482,8 +496,8 @@ def main():
             write(result, lambda file: file.write(json.dumps(row, indent=1).encode() + b"\n"))
 
     rows = read_results(args.results)
-    write(args.results.with_suffix(".md"), lambda file: file.write(table(rows).encode()))
-    draw_figure(rows, args.results.with_suffix(".png"))
+    write(Path(f"{args.results}.md"), lambda file: file.write(table(rows).encode()))
+    draw_figure(rows, Path(f"{args.results}.png"))
     print("\n" + table(rows))
     folders = {name: row_folders(name, args.seeds[0], args)[1] for name in DEMO}
     if all((folder / "last.pt").exists() for folder in folders.values()):

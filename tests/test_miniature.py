@@ -58,7 +58,7 @@ def test_rows_that_are_there_are_kept_and_the_others_are_added_to_table_and_figu
 
 def test_rows_of_other_settings_are_not_mixed(world):
     words, root = world
-    command = [sys.executable, ROOT / "tests/miniature.py", *words, "--rows", "Freeze", "--batch", 5]
+    command = [sys.executable, ROOT / "tests/miniature.py", *words, "--rows", "E2E", "--batch", 5]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 1 and "was made with another --batch: give" in done.stderr
 
