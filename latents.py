@@ -494,6 +494,7 @@ def generate_all(args, device):
         require(not differ or len(train.classes) == len(test.classes) == 1,
                 f"{''.join(differ[:1])} is in one of --generate and --data alone, and samples of a class "
                 "need test images of it: pass folders of the same classes")
+        require(len(test) > 1, f"{args.data} holds one image, too few for a distance: name more with --data")
     out = args.out or Path("runs/generate")
     outputs = [out / f"{i}-{Path(spec).stem}" for i, spec in enumerate(args.models)]
     for folder in outputs:

@@ -750,6 +750,11 @@ def test_folders_that_cannot_serve_generation_are_refused(photos, halves, checkp
     shutil.copytree(halves / "val", tmp_path / "renamed")
     (tmp_path / "renamed/red").rename(tmp_path / "renamed/crimson")
     assert "crimson is in one of" in refusal(*words, "--data", tmp_path / "renamed", "--encoder", teacher)
+    few = tmp_path / "few"
+    (few / "train").mkdir(parents=True)
+    shutil.copy(photos / "red/00.png", few / "train")
+    loose = [checkpoint, "--generate", few / "train", "--data", few / "train", "--encoder", teacher]
+    assert "holds one image" in refusal(*loose, *TINY_DIT, "--out", tmp_path / "out")
     words[-1] = halves / "val"
     assert "inside the images of" in refusal(*words, "--data", halves / "val", "--encoder", teacher)
     gone = tmp_path / "gone.png"
