@@ -53,16 +53,17 @@ run() {
 step() { [[ $chosen != "  " && $chosen != *" $1 "* ]] || run "$@"; }
 ops() { step "$1" "$2" "$python" tests/bench/bench_ops.py "${@:3}" --device cuda --rounds 11; }
 train() {
-    step "$1" "$2" "$python" tests/bench/bench_train.py "${@:3}" --setting H+ --keep "$files" --rounds 1
+    step "$1" "$2" "$python" tests/bench/bench_train.py --setting H+ --keep "$files" --rounds 1 "${@:3}"
 }
 
 if ! arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>&1); then
     echo "gpu.sh: torch sees no GPU" | tee -a "$results"
     exit 1
 fi
-run device 10 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,memory.total --format=csv
 run build 90 env TORCH_CUDA_ARCH_LIST="$arch" "$python" setup.py -q build_ext --inplace
 run has-cuda 20 "$python" -c 'import sae, sys, torch; sys.exit(sae.NO_CSRC or not torch.ops.sae.has_cuda())'
+[[ ! -e $logs/failed ]] || exit 1               # without the kernels there is nothing to test or time
+run device 10 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,memory.total --format=csv
 
 tests() { run "$1" 150 "$python" -m pytest -q -rs -p no:cacheprovider tests/test_ops.py -k "$2"; }
 sanitize() {
@@ -96,13 +97,13 @@ sae.attention(qkv, sae.rope_tables(16, 16, device="cuda"), 5).sum().backward()
 torch.cuda.synchronize()'
     ops ceilings 20 ceilings
     ops attention 60 attention
-    train step 75 step
-    train parts 75 parts kernels
+    train step 75 step --steps 60
+    train parts 75 parts kernels --rounds 5
     ops ops 60 gaussian mse norm
-    train candidates 150 candidates
+    train candidates 180 candidates --rounds 3 --steps 15
     step ncu 40 ncu --clock-control none --set detailed --launch-count 3 \
         --kernel-name 'regex:^(forward|backward_q|backward_kv)_kernel' "$python" -c "$attention"
-    train compiled 220 step --compile
+    train compiled 220 step --steps 60 --compile
     ops compiled-ops 120 attention gaussian mse norm --compile
     train peers 220 step --peers bf16 compiled
 }

@@ -313,8 +313,9 @@ def bench_step(setting, folder, args):
             except RuntimeError as error:                       # out of memory, no such package
                 print(f"bench_train.py: {error}", file=sys.stderr)
                 continue
-            rate, _ = runs[name][-1]
-            print(f"round {i + 1} of {args.rounds}: {name}, {rate:.3g} images/s", file=sys.stderr)
+            rate, peak = runs[name][-1]
+            print(f"round {i + 1} of {args.rounds}: {name}, {rate:.3g} images/s, {peak:.3g} GiB",
+                  file=sys.stderr)
 
     runs = {name: run for name, run in runs.items() if run}
     speed = {name: statistics.median(rate for rate, _ in run) for name, run in runs.items()}
@@ -392,7 +393,7 @@ def both_ways(m, f, *inputs):
             p.grad = None
         with m.autocast():
             out = f(*leaves)
-        out.float().sum().backward()
+        out.backward(torch.ones_like(out))
     return run
 
 
@@ -471,8 +472,11 @@ def bench_kernels(setting, folder, args):
     for part, run in part_runners(*ours(setting, folder)).items():
         run()
         with torch.profiler.profile() as profiler:
-            milliseconds(run)
+            run()
+            if CUDA:
+                torch.cuda.synchronize()
         kernels = [k for k in profiler.key_averages() if k.device_type.name == device]
+        kernels = [k for k in kernels if not k.is_user_annotation]          # they span kernels
         kernels.sort(key=lambda k: -getattr(k, total))
         ms = sum(getattr(k, total) for k in kernels) / 1e3
         table(f"{part}: {ms:.2f} ms in {sum(k.count for k in kernels)} kernels", ("ms", "calls", "kernel"),
@@ -545,37 +549,37 @@ def bench_candidates(setting, folder, args):
     _, size, batch, *_ = SETTINGS[setting]
     by_cudnn = step_with_cudnn_benchmark(setting, folder, args.steps)       # before ours takes the memory
     m, x = ours(setting, folder)
+    step = functools.partial(step_ms, m.run, args.steps)
 
-    def call(layer, channels, side):
+    def alone(layer, channels, side):
         z = torch.randn(batch, channels, side, side, device=DEVICE, dtype=torch.bfloat16)
-        return both_ways(m, layer, z.contiguous(memory_format=torch.channels_last))
+        z = z.contiguous(memory_format=torch.channels_last)
+        return functools.partial(milliseconds, both_ways(m, layer, z))
+
+    candidates, side = [], m.side               # (part, ms of it, candidate, what it changes)
+    for layer in m.decoder:
+        if isinstance(layer, sae.AttnBlock):
+            change = patch.multiple(F, scaled_dot_product_attention=explicit_softmax)
+            ms = alone(layer, layer.proj.in_channels, side)
+            candidates.append(("AttnBlock", ms, "explicit softmax", change))
+        if isinstance(layer, sae.Upsample):
+            c = layer.conv.in_channels
+            for form in nearest_then_3x3, four_2x2:
+                change = patch.multiple(sae.Upsample, forward=form)
+                part = f"Upsample {c}x{side}x{side}"
+                candidates.append((part, alone(layer, c, side), form.__name__, change))
+            side *= 2
+    candidates.append(("step", step, "flag read after D", patch.multiple(train, **early_flag(m.run))))
+    ms = functools.partial(milliseconds, part_runners(m, x)["LPIPS"])
+    compiled = patch.multiple(m, perceptual=torch.compile(m.perceptual))
+    candidates.append(("LPIPS", ms, "compiled", compiled))
 
     def rows():
-        def compare(part, name, change, run=None, ms=milliseconds):
-            def changed():
-                with change:
-                    return ms(run)
-            now, then = in_turns(args.rounds, lambda: ms(run), changed)
-            return part, f"{now:.2f}", name, f"{then:.2f}", f"{now / then:.2f}"
-
-        side = m.side
-        for layer in m.decoder:
-            if isinstance(layer, sae.AttnBlock):
-                c = layer.proj.in_channels
-                change = patch.multiple(F, scaled_dot_product_attention=explicit_softmax)
-                yield compare("AttnBlock", "explicit softmax", change, call(layer, c, side))
-            if isinstance(layer, sae.Upsample):
-                c = layer.conv.in_channels
-                for form in nearest_then_3x3, four_2x2:
-                    change = patch.multiple(sae.Upsample, forward=form)
-                    yield compare(f"Upsample {c}x{side}x{side}", form.__name__, change, call(layer, c, side))
-                side *= 2
-        step = functools.partial(step_ms, steps=args.steps)
-        now = step(m.run)
+        now = step()
         yield "step", f"{now:.2f}", "cudnn.benchmark", f"{by_cudnn:.2f}", f"{now / by_cudnn:.2f}"
-        yield compare("step", "flag read after D", patch.multiple(train, **early_flag(m.run)), m.run, step)
-        change = patch.multiple(m, perceptual=torch.compile(m.perceptual))
-        yield compare("LPIPS", "compiled", change, part_runners(m, x)["LPIPS"])
+        for part, ms, name, change in candidates:
+            now, then = in_turns(args.rounds, ms, change(ms))
+            yield part, f"{now:.2f}", name, f"{then:.2f}", f"{now / then:.2f}"
 
     table(f"candidates, ms: {setting}, {size} px, batch {batch}",
           ("part", "as it is", "candidate", "ms", "as it is over it"), rows())
