@@ -1,31 +1,42 @@
 #!/usr/bin/env bash
-# All that a GPU is needed for, in one command and within 10 minutes: builds csrc, runs the tests of the ops
-# on the GPU, the same under compute-sanitizer (memcheck, racecheck), then the benchmarks. Writes everything
-# to FILE; exit status 1 if any step failed.
+# All that a GPU is needed for, in three parts, each one command and within 10 minutes:
 #
-#   tests/gpu.sh [FILE [STEP ...]]      default gpu-results.txt and all steps:
-#                                       correctness attention ops encoder compiled
-#   PYTHON=.venv/bin/python tests/gpu.sh                                  chooses the interpreter
+#   tests/gpu.sh correctness FOLDER         builds csrc; the tests of the ops and both sanitizers: 4 minutes
+#   tests/gpu.sh timings FOLDER [STEP ...]  the most valuable first, what has to compile last: all, or some of
+#                                           ceilings attention step parts ops candidates ncu compiled
+#                                           compiled-ops peers
+#   tests/gpu.sh photos FOLDER              the miniature's ablation on the photos that SAE_TEST_DATA names
+#
+# A part writes FOLDER/PART.txt, photos also photos.tar.gz with its rows, table, figure and picture. A step
+# that fails or takes too long does not stop the others; exit status 1 if there was one.
+#
+#   PYTHON=.venv/bin/python     the interpreter; it needs lpips and pytest, timm and transformers for timings,
+#                               diffusers for the step peers
+#   LIMIT=300                   seconds for the whole part instead of 590
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export SAE_TEST_CUDA=1 PYTHONUNBUFFERED=1 PATH=$PATH:/usr/local/cuda/bin
+export SAE_TEST_CUDA=1 PYTHONUNBUFFERED=1 TQDM_MININTERVAL=60
+PATH=$PATH:/usr/local/cuda/bin:$(printf '%s:' /opt/nvidia/nsight-compute/*)
 python=${PYTHON:-python3}
-results=$(realpath "${1:-gpu-results.txt}")
-all="correctness attention ops encoder compiled"
-steps=" ${*:2} "
-[[ $steps == "  " ]] && steps=" $all "
-for word in $steps; do
+part=${1:-} chosen=" ${*:3} "
+all="ceilings attention step parts ops candidates ncu compiled compiled-ops peers"
+[[ " correctness timings photos " == *" $part "* && -n ${2:-} ]] || { sed -n '2,18s/^# \?//p' "$0"; exit 2; }
+for word in $chosen; do
     [[ " $all " == *" $word "* ]] || { echo "gpu.sh: no step $word: choose of $all"; exit 2; }
 done
+mkdir -p "$2"
+folder=$(realpath "$2") results=$(realpath "$2")/$part.txt
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 : > "$results"
+# The files of the step, 8 GB, are made by the part correctness and stay for the part timings.
+files=${TMPDIR:-/tmp}/sae-step
+[[ $(df --output=avail -BG /dev/shm | tail -1 | tr -dc 0-9) -lt 20 ]] || files=/dev/shm/sae-step
 
-# run NAME SECONDS COMMAND...: one that fails or takes too long does not stop the others. It is interrupted,
-# since pytest and the benchmarks then still print what they have; env, because what bash starts with & would
-# ignore interrupts.
+# run NAME SECONDS COMMAND...: at its limit it is interrupted, since pytest and the benchmarks then still
+# print what they have; env, because what bash starts with & would ignore interrupts.
 run() {
-    local name=$1 limit=$2 start=$SECONDS left=$((590 - SECONDS)) status=124
+    local name=$1 limit=$2 start=$SECONDS left=$((${LIMIT:-590} - SECONDS)) status=124
     shift 2
     if ((left > 0)); then
         limit=$((limit < left ? limit : left))
@@ -39,10 +50,22 @@ run() {
         cat "$logs/$name" 2> /dev/null
     } 9> "$logs/lock" | tee -a "$results"
 }
-chosen() { [[ $steps == *" $1 "* ]]; }
-tests() { run "$1" 150 "$python" -m pytest -q -rs -p no:cacheprovider tests/test_ops.py -k "$2"; }
-bench() { run "$1" "$2" "$python" tests/bench/bench_ops.py "${@:3}" --device cuda; }
+step() { [[ $chosen != "  " && $chosen != *" $1 "* ]] || run "$@"; }
+ops() { step "$1" "$2" "$python" tests/bench/bench_ops.py "${@:3}" --device cuda --rounds 11; }
+train() {
+    step "$1" "$2" "$python" tests/bench/bench_train.py --setting H+ --keep "$files" --rounds 1 "${@:3}"
+}
 
+if ! arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>&1); then
+    echo "gpu.sh: torch sees no GPU" | tee -a "$results"
+    exit 1
+fi
+run build 90 env TORCH_CUDA_ARCH_LIST="$arch" "$python" setup.py -q build_ext --inplace
+run has-cuda 20 "$python" -c 'import sae, sys, torch; sys.exit(sae.NO_CSRC or not torch.ops.sae.has_cuda())'
+[[ ! -e $logs/failed ]] || exit 1               # without the kernels there is nothing to test or time
+run device 10 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,memory.total --format=csv
+
+tests() { run "$1" 150 "$python" -m pytest -q -rs -p no:cacheprovider tests/test_ops.py -k "$2"; }
 sanitize() {
     # A sanitizer makes kernels tens of times slower: small shapes, every kernel and every dtype.
     local small='test_attention_errs and cuda and (3-5-1 or 1-1-0 or 17-17-5)'
@@ -54,33 +77,61 @@ sanitize() {
         --kernel-name kns=sae --report-api-errors no \
         "$python" -m pytest -q -p no:cacheprovider tests/test_ops.py -k "$small"
 }
-
-if ! arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>&1); then
-    echo "gpu.sh: torch sees no GPU" | tee -a "$results"
-    exit 1
-fi
-run device 10 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,memory.total --format=csv
-run build 90 env TORCH_CUDA_ARCH_LIST="$arch" "$python" setup.py -q build_ext --inplace
-run has-cuda 20 "$python" -c 'import sae, sys, torch; sys.exit(sae.NO_CSRC or not torch.ops.sae.has_cuda())'
-
-# Nothing is timed here, so all of it runs at once. An illegal access fails all later tests of its process, so
-# the attention and the norm have processes of their own.
-if chosen correctness; then
-    on_gpu='(cuda or gpu or current_stream or 2_31)'
+correctness() {
+    # Nothing is timed here, so all of it runs at once. An illegal access fails all later tests of its
+    # process, so the attention and the norm have processes of their own.
+    local on_gpu='(cuda or gpu or current_stream or 2_31)'
     tests tests-attention "$on_gpu and attention" &
     tests tests-norm "$on_gpu and group_norm and not attention" &
     tests tests-rest "$on_gpu and not attention and not group_norm" &
     sanitize memcheck &
     sanitize racecheck &
+    train files 150 files &
     wait
-fi
+}
 
-# The most valuable first; what has to be compiled takes minutes and comes last.
-chosen attention && bench attention 60 attention --rounds 11
-chosen ops && bench ops 60 gaussian mse norm --rounds 11
-chosen encoder && bench encoder 60 encoder --rounds 5
-chosen compiled && bench compiled 200 attention gaussian mse norm --compile --rounds 11
+timings() {
+    local attention='import torch, sae
+qkv = torch.randn(16, 261, 3, 20, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+sae.attention(qkv, sae.rope_tables(16, 16, device="cuda"), 5).sum().backward()
+torch.cuda.synchronize()'
+    ops ceilings 20 ceilings
+    ops attention 60 attention
+    train step 75 step --steps 60
+    train parts 75 parts kernels --rounds 5
+    ops ops 60 gaussian mse norm
+    train candidates 180 candidates --rounds 3 --steps 15
+    step ncu 40 ncu --clock-control none --set detailed --launch-count 3 \
+        --kernel-name 'regex:^(forward|backward_q|backward_kv)_kernel' "$python" -c "$attention"
+    train compiled 220 step --steps 60 --compile
+    ops compiled-ops 120 attention gaussian mse norm --compile
+    train peers 220 step --peers bf16 compiled
+}
 
+photos() {
+    local data=${SAE_TEST_DATA:?names no folder of photos and weights} out=$logs/photos row
+    local rows=(E2E "reg 100" "reg 200" "reg 500") weights=$data/weights own inception=()
+    [[ ! -e $weights/inception-fid ]] || inception=(--inception "$weights"/inception-fid/*768.safetensors)
+    local miniature=("$python" tests/miniature.py --data "$data/data/caltech24/images"
+        --encoder "$weights/dinov3-ti-from-deit/model.safetensors" --size 128 --batch 64 --steps 300 1000
+        --widths 256 192 96 48 24 --lr 1e-3 3e-4 --gan 1 --lpips-net squeeze
+        --lpips-weights "$weights/squeezenet1_1-lpips/squeezenet1_1_features.safetensors" "${inception[@]}")
+    run Freeze 200 "${miniature[@]}" --out "$out" --rows Freeze
+    # None fills a GPU: the other rows run side by side, from this stage 1, each in a folder of its own.
+    for row in "${rows[@]}"; do
+        own=$out/${row// /-}
+        mkdir -p "$own/seed0"
+        ln -s "$out/seed0/freeze" "$own/seed0"
+        run "${row// /-}" 350 env OMP_NUM_THREADS=4 "${miniature[@]}" --out "$own" --rows "$row" &
+    done
+    wait
+    cp "$out"/*/rows/*.json "$out/rows"
+    mv "$out"/*/seed0/freeze-* "$out/seed0"
+    run table 60 "${miniature[@]}" --out "$out" --rows Freeze "${rows[@]}"
+    (cd "$out" && tar -czf "$folder/photos.tar.gz" rows ./*.md ./*.png)
+}
+
+"$part"
 failed=$(tr '\n' ' ' 2> /dev/null < "$logs/failed")
 echo "== failed: ${failed:-none}" | tee -a "$results"
 [[ -z $failed ]]

@@ -1,7 +1,7 @@
 """The ops and the encoder against the same computation of others, side by side in one run.
 
-    python tests/bench/bench_ops.py [attention] [gaussian] [mse] [norm] [encoder] [--device cpu|cuda]
-                                    [--rounds 11] [--compile] [--json FILE]
+    python tests/bench/bench_ops.py [ceilings] [attention] [gaussian] [mse] [norm] [encoder]
+                                    [--device cpu|cuda] [--rounds 11] [--compile] [--json FILE]
 
 Competitors take turns, round by round, and the table holds medians: a shared machine slows all of them alike.
 "ratio" is a competitor's time over ours; what ours moves is given as a share of the bandwidth of a copy in
@@ -128,6 +128,21 @@ def forward_backward(f):
         outputs, gradients = f(*inputs)
         torch.autograd.backward(outputs, gradients)
     return run
+
+
+# ------------------------------------------------------------------ ceilings
+
+def bench_ceilings(device, rounds, compiled):
+    """What the device does at best: against this the others' figures are to be held."""
+    n, side, dtype = 2 ** 26, 1024, torch.float32
+    if device == "cuda":
+        n, side, dtype = 2 ** 31, 8192, torch.bfloat16
+    x, y = (torch.zeros(n, device=device, dtype=dtype) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    for name, f, work, unit in (("copy", lambda: y.copy_(x), 2 * x.nbytes, "TB/s, read and written"),
+                                (f"{str(dtype)[6:]} product", lambda: a @ b, 2 * side ** 3, "TFLOP/s")):
+        times = [time_cuda(f, [()] * 5)[0] if device == "cuda" else time_cpu(f, ()) for _ in range(rounds)]
+        print(f"{name}: {work / statistics.median(times) / 1e9:.3g} {unit}")
 
 
 # ------------------------------------------------------------------ attention
@@ -420,8 +435,8 @@ def bench_encoder(device, rounds, compiled):
         compare(title + " forward and backward", device, rounds, [(x,)], both)
 
 
-BENCHES = {"attention": bench_attention, "gaussian": bench_gaussian, "mse": bench_mse, "norm": bench_norm,
-           "encoder": bench_encoder}
+BENCHES = {"ceilings": bench_ceilings, "attention": bench_attention, "gaussian": bench_gaussian,
+           "mse": bench_mse, "norm": bench_norm, "encoder": bench_encoder}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -1,22 +1,29 @@
-"""A stage-2 training step of train.py beside the same step assembled from others' parts.
+"""A stage-2 training step of train.py: whole, by part, by kernel, beside others', and what might be faster.
 
-    python tests/bench/bench_train.py [step] [parts] [scaling] [--rounds 3] [--steps 6] [--compile]
-                                      [--setting NAME]
+    python tests/bench/bench_train.py [files] [step] [scaling] [candidates] [parts] [kernels]
+        [--rounds 3] [--steps N] [--compile] [--peers fp32 bf16 compiled] [--setting NAME] [--keep FOLDER]
 
-step      images/s and peak memory. Ours is train.py itself, run as a user runs it. The peer is transformers'
-          DINOv3 (student and teacher), diffusers' decoder of the same widths and blocks, the lpips package,
-          pix2pix's discriminator with its two passes, AdamW and a loop for the EMA: in fp32, in bf16 autocast
-          and channels_last (its best form) and, with --compile, that compiled.
-parts     forward and backward of each part alone
-scaling   train.py alone: step time and memory against batch, resolution and number of ranks
+files       what the others read, and no more: for --keep
+step        images/s and peak memory of train.py itself, run as a user runs it, in bf16
+scaling     step time and memory against batch, resolution and number of ranks
+candidates  what might be faster beside what stands in sae.py and train.py; each gives the same values
+parts       forward and backward of each part alone
+kernels     each part's most expensive kernels
+
+--peers puts a step made of others' parts beside `step` and `parts`: transformers' DINOv3 (student and
+teacher), diffusers' decoder of the same widths and blocks, the lpips package, pix2pix's discriminator with
+its two passes, AdamW and a loop for the EMA: in fp32, in bf16 autocast and channels_last (its best form), and
+that compiled.
 
 On a CPU with the S encoder, the LDM decoder's widths, 128x128, batch 4; on a GPU the paper's setting, and the
-LDM decoder's; or the one that --setting names ("quick" is a tiny one, to see that all runs). Weights are
-random and the images noise. Competitors take turns and the tables hold medians: a shared machine slows all of
-them alike.
+LDM decoder's; or the one that --setting names ("quick" is a tiny one, to see that all runs). All weights but
+LPIPS's heads are random, the images noise. Competitors take turns and the tables hold medians: a shared
+machine slows all of them alike.
 """
 import argparse
 import contextlib
+import functools
+import itertools
 import json
 import os
 import signal
@@ -25,7 +32,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -39,7 +48,7 @@ sys.path.insert(0, str(ROOT))
 import common                                                   # noqa: E402
 import sae                                                      # noqa: E402
 import train                                                    # noqa: E402
-from sae_weights import save_safetensors                        # noqa: E402
+from sae_weights import CHECKPOINT_VERSION, save_safetensors, write     # noqa: E402
 
 LDM, PAPER = (512, 256, 256, 128, 128), (1280, 1024, 512, 256, 128)
 TINY = sae.DINOv3Config(64, 2, 64, 128, False)
@@ -50,18 +59,19 @@ SETTINGS = {                # encoder, crop, batch, decoder widths, LPIPS trunk
     "H+ and LDM's decoder": (H_PLUS, 256, 16, LDM, "vgg"),
     "H+": (H_PLUS, 256, 16, PAPER, "vgg")}
 PEERS = {                   # bf16 autocast and channels_last, compiled
-    "peer, fp32": (False, False),
-    "peer, bf16": (True, False),
-    "peer, compiled": (True, True)}
+    "fp32": (False, False),
+    "bf16": (True, False),
+    "compiled": (True, True)}
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 WORKERS = 8 if CUDA else 1
+LOG_EVERY = 5 if CUDA else 1            # steps: to log waits for the GPU
 ADAMW = {"lr": 5e-6, "betas": (0.9, 0.95), "weight_decay": 0}
 
 
 def table(title, head, rows):
     print(f"\n{title}")
-    for row in head, ["---"] * len(head), *rows:
+    for row in itertools.chain([head, ["---"] * len(head)], rows):      # as they come
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
@@ -81,13 +91,14 @@ class Peer:
             hidden_size=cfg.width, num_hidden_layers=cfg.depth, num_attention_heads=cfg.width // 64,
             intermediate_size=cfg.hidden, use_gated_mlp=cfg.gated, hidden_act="silu" if cfg.gated else "gelu",
             num_register_tokens=4, pos_embed_rescale=None)
-        self.student = DINOv3ViTModel(config)
-        self.teacher = DINOv3ViTModel(config).eval().requires_grad_(False)
+        with torch.device(DEVICE):                              # a billion weights are drawn there in no time
+            self.student = DINOv3ViTModel(config)
+            self.teacher = DINOv3ViTModel(config).eval().requires_grad_(False)
+            self.to_latent = nn.Conv2d(cfg.width, 2 * cfg.width, 1)
+            self.decoder = Decoder(cfg.width, up_block_types=("UpDecoderBlock2D",) * len(widths),
+                                   block_out_channels=widths[::-1], layers_per_block=1)
         self.mean = torch.tensor((0.485, 0.456, 0.406), device=DEVICE).view(3, 1, 1)
         self.std = torch.tensor((0.229, 0.224, 0.225), device=DEVICE).view(3, 1, 1)
-        self.to_latent = nn.Conv2d(cfg.width, 2 * cfg.width, 1)
-        self.decoder = Decoder(cfg.width, up_block_types=("UpDecoderBlock2D",) * len(widths),
-                               block_out_channels=widths[::-1], layers_per_block=1)
         self.perceptual = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval().requires_grad_(False)
         self.disc = pix2pix_discriminator()
 
@@ -100,6 +111,14 @@ class Peer:
         self.ema = [p.detach().clone() for p in self.trained]
         self.opt = torch.optim.AdamW(self.trained, **ADAMW)
         self.opt_disc = torch.optim.AdamW(self.disc.parameters(), **ADAMW)
+
+        with torch.device("meta"):
+            model = sae.SAE(sae.SAEConfig(cfg, z_dim=cfg.width, widths=widths))
+        ours = sum(p.numel() for p in model.parameters())
+        theirs = sum(p.numel() for p in self.trained) - cfg.width           # pre-training's mask token
+        if ours != theirs:
+            sys.exit(f"bench_train.py: {setting} has {ours} parameters and the peer's {theirs}: they are not "
+                     "the same model")
 
     def autocast(self):
         return torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.bf16)
@@ -154,7 +173,7 @@ def pix2pix_discriminator():
 
 
 def run_peer(name, setting, folder, out):
-    """Trains until it is killed; writes a line a step, as train.py does."""
+    """Trains until it is killed; writes lines, as train.py does."""
     from torchvision import datasets, transforms
     _, size, batch, *_ = SETTINGS[setting]
     peer = Peer(setting, *PEERS[name])
@@ -170,9 +189,11 @@ def run_peer(name, setting, folder, out):
     layout = torch.channels_last if peer.bf16 else torch.contiguous_format
     since = time.time()
     with open(out / "metrics.jsonl", "a") as file:
-        for x, _ in loader:
+        for i, (x, _) in enumerate(loader, 1):
             values = peer.step(x.to(DEVICE, non_blocking=True, memory_format=layout))
-            values["images/s"] = batch / (time.time() - since)
+            if i % LOG_EVERY:
+                continue
+            values["images/s"] = LOG_EVERY * batch / (time.time() - since)
             since = time.time()
             if CUDA:
                 values["GiB"] = torch.cuda.max_memory_allocated() / 2 ** 30
@@ -183,46 +204,40 @@ def run_peer(name, setting, folder, out):
 # ------------------------------------------------------------------ whole steps
 
 def prepare(setting, folder):
-    """Images, encoder, LPIPS trunk and a stage-1 checkpoint in `folder`.
-
-    Exits where the two models differ in size.
-    """
+    """Images, encoder, LPIPS trunk and, last, a stage-1 checkpoint that has learnt nothing, in `folder`."""
     import torchvision
     cfg, size, batch, widths, net = SETTINGS[setting]
-    (folder / "images" / "noise").mkdir(parents=True)
+    (folder / "images" / "noise").mkdir(parents=True, exist_ok=True)
     for i in range(4 * batch):
         shape = (2 * size, 2 * size + 32, 3)
         pixels = np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / "noise" / f"{i:03d}.png")
-    save_safetensors(sae.DINOv3(cfg).state_dict(), folder / "encoder.safetensors")
+        Image.fromarray(pixels).save(folder / "images" / "noise" / f"{i:03d}.jpg")
     factory = {"vgg": torchvision.models.vgg16, "squeeze": torchvision.models.squeezenet1_1}[net]
-    trunk = factory(weights=None).features.state_dict()
-    torch.save({f"features.{n}": t for n, t in trunk.items()}, folder / "trunk.pth")
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        encoder, trunk = sae.DINOv3(cfg), factory(weights=None).features
+    save_safetensors(encoder.cpu().state_dict(), folder / "encoder.safetensors")
+    torch.save({f"features.{n}": t for n, t in trunk.cpu().state_dict().items()}, folder / "trunk.pth")
 
-    with torch.device("meta"):
-        model = sae.SAE(sae.SAEConfig(cfg, z_dim=cfg.width, widths=widths))
-    ours = sum(p.numel() for p in model.parameters())
-    theirs = sum(p.numel() for p in Peer(setting, False, False).trained)
-    theirs -= cfg.width                                         # without the pre-training's mask token
-    if ours != theirs:
-        sys.exit(f"bench_train.py: {setting} has {ours} parameters and the peer's {theirs}: they are not the "
-                 "same model")
-
-    command = train_command(setting, folder, folder / "stage1", stage=1, steps=1, batch=1)
-    command += ["--widths", *map(str, widths)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        sys.exit(f"bench_train.py: {' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    command = train_command(setting, folder, folder / "none", stage=1) + ["--widths", *map(str, widths)]
+    model, _, disc, crc = train.build(train.options(command[2:]))
+    state = {"version": CHECKPOINT_VERSION, "config": asdict(model.config), "args": {"stage": 1, "gan": 1},
+             "encoder_crc": crc, "ema": model.state_dict(), "disc": disc.state_dict()}
+    (folder / "stage1").mkdir(exist_ok=True)
+    write(folder / "stage1" / "last.pt", lambda file: torch.save(state, file))
+    if CUDA:
+        torch.cuda.empty_cache()            # for the processes that are measured
+    print("images are noise and weights random, but for LPIPS's heads: those of the lpips package")
 
 
 def train_command(setting, folder, out, ranks=1, **change):
     _, size, batch, _, net = SETTINGS[setting]
     options = {
-        "stage": 2, "reg": 100, "data": folder / "images", "out": out,
+        "stage": 2, "reg": 100, "precision": "bf16", "data": folder / "images", "out": out,
         "encoder": folder / "encoder.safetensors", "init": folder / "stage1" / "last.pt",
         "size": size, "batch": batch, "steps": 10 ** 6, "workers": WORKERS,
         "lpips-net": net, "lpips-weights": folder / "trunk.pth", "gan-start": 0,
-        "log-every": 1, "image-every": 10 ** 6, "save-every": 10 ** 6}
+        "log-every": LOG_EVERY, "image-every": 10 ** 6, "save-every": 10 ** 6}
     words = []
     for name, value in (options | change).items():
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
@@ -230,13 +245,17 @@ def train_command(setting, folder, out, ranks=1, **change):
     return [sys.executable, *(launcher if ranks > 1 else []), str(ROOT / "train.py"), *words]
 
 
-def measure(command, out, steps, skip=2, threads=None):
-    """(median images/s, peak GiB of a process) of `steps` steps of `command`, after `skip` that do not count.
+def new_folder(folder):
+    return Path(tempfile.mkdtemp(dir=folder))
 
-    Runs it until out/metrics.jsonl has so many lines, then kills it.
+
+def measure(command, out, steps, skip=2, threads=None):
+    """(median images/s, peak GiB of a process) of `steps` steps of `command`, which writes to `out`.
+
+    Runs it until out/metrics.jsonl has so many, a line for LOG_EVERY steps, after `skip` lines that do not
+    count, then kills it.
     """
-    out.mkdir()
-    env, lines = dict(os.environ), []
+    env, lines, steps = dict(os.environ), [], -(-steps // LOG_EVERY)
     if threads:
         env["OMP_NUM_THREADS"] = str(threads)
     with (open(out / "log", "w") as log,
@@ -283,21 +302,27 @@ def bench_step(setting, folder, args):
         commands["train.py --compile"] = lambda out: train_command(setting, folder, out, compile=True)
     for name in args.peers:
         words = [sys.executable, __file__, "--peer", name, setting, str(folder)]
-        commands[name] = lambda out, words=words: [*words, str(out)]
+        commands[f"peer, {name}"] = lambda out, words=words: [*words, str(out)]
 
     runs = {name: [] for name in commands}
     for i in range(args.rounds):
-        for k, (name, command) in enumerate(commands.items()):
-            out = folder / f"step{i}-{k}"
-            runs[name].append(measure(command(out), out, args.steps))
-            rate, _ = runs[name][-1]
-            print(f"round {i + 1} of {args.rounds}: {name}, {rate:.3g} images/s", file=sys.stderr)
+        for name, command in commands.items():
+            out = new_folder(folder)
+            try:
+                runs[name].append(measure(command(out), out, args.steps))
+            except RuntimeError as error:                       # out of memory, no such package
+                print(f"bench_train.py: {error}", file=sys.stderr)
+                continue
+            rate, peak = runs[name][-1]
+            print(f"round {i + 1} of {args.rounds}: {name}, {rate:.3g} images/s, {peak:.3g} GiB",
+                  file=sys.stderr)
 
+    runs = {name: run for name, run in runs.items() if run}
     speed = {name: statistics.median(rate for rate, _ in run) for name, run in runs.items()}
     memory = {name: statistics.median(peak for _, peak in run) for name, run in runs.items()}
     rows = [(name, f"{batch / speed[name]:.3f}",
              f"{speed[name]:.2f}", f"{speed['train.py'] / speed[name]:.2f}",
-             f"{memory[name]:.2f}", f"{memory['train.py'] / memory[name]:.2f}") for name in commands]
+             f"{memory[name]:.2f}", f"{memory['train.py'] / memory[name]:.2f}") for name in runs]
     table(f"stage-2 step: {setting}, {size} px, batch {batch}, {DEVICE.type}",
           ("", "s a step", "images/s", "ours over it", "peak GiB", "ours over it"), rows)
 
@@ -309,8 +334,8 @@ def bench_scaling(setting, folder, args):
     if not CUDA or torch.cuda.device_count() > 1:
         cases += [{"batch": batch // ranks, "ranks": ranks} for ranks in (1, 2)]
     rows = []
-    for i, case in enumerate(cases):
-        ranks, out = case.get("ranks", 1), folder / f"scale{i}"
+    for case in cases:
+        ranks, out = case.get("ranks", 1), new_folder(folder)
         threads = None if CUDA else max(1, torch.get_num_threads() // ranks)
         row = (case.get("size", size), ranks, case["batch"])
         try:
@@ -327,23 +352,18 @@ def bench_scaling(setting, folder, args):
 # ------------------------------------------------------------------ parts
 
 class Ours(Peer):
-    """train.py's parts under the peer's names."""
+    """train.py's parts under the peer's names, and its `run`."""
 
     def __init__(self, setting, folder):
-        args = train.options(train_command(setting, folder, folder / "none")[2:])
-        self.bf16, self.side = True, args.size // 16
-        model, self.teacher, self.disc, _ = train.build(args)
-        self.perceptual = common.LPIPS(args.lpips_net, args.lpips_weights)
-        train.round_weights(self.teacher, self.perceptual.net)
-        for m in (model.decoder, self.disc, self.perceptual):
-            m.to(memory_format=torch.channels_last)
-        for m in (model, self.teacher, self.disc, self.perceptual):
-            m.to(DEVICE)
-        self.student, self.to_latent, self.decoder = model.encoder, model.to_latent, model.decoder
-        self.trained = list(model.parameters())
-        self.ema = [p.detach().clone() for p in self.trained]
-        self.opt = torch.optim.AdamW(self.trained, **ADAMW, fused=True)
-        self.opt_disc = torch.optim.AdamW(self.disc.parameters(), **ADAMW, fused=True)
+        command = train_command(setting, folder, new_folder(folder))
+        self.run = run = train.setup(train.options(command[2:]))
+        self.bf16, self.side = True, run.args.size // 16
+        self.teacher, self.disc, self.perceptual = run.teacher, run.disc, run.lpips
+        self.student, self.to_latent, self.decoder = run.sae.encoder, run.sae.to_latent, run.sae.decoder
+        self.trained, self.ema = train.trained(run.sae), train.trained(run.ema)
+        self.opt, self.opt_disc = run.opt, run.opt_disc
+        for group in self.opt.param_groups + self.opt_disc.param_groups:
+            group["lr"] = ADAMW["lr"]
 
     def encode(self, x, model=None):
         return (model or self.student)(x)[2]
@@ -351,9 +371,30 @@ class Ours(Peer):
     def disc_loss(self, xhat, x):
         return train.discriminator_loss(*self.disc(torch.cat([x, xhat])).float().chunk(2))
 
+    @torch.no_grad()
     def update(self):
         self.opt.step()
         torch._foreach_lerp_(self.ema, self.trained, 1 - 0.9995)
+
+
+@functools.cache
+def ours(setting, folder):
+    """(Ours, a batch of images), once for all benchmarks of a process."""
+    _, size, batch, *_ = SETTINGS[setting]
+    x = torch.rand(batch, 3, size, size, device=DEVICE) * 2 - 1
+    return Ours(setting, folder), x.contiguous(memory_format=torch.channels_last)
+
+
+def both_ways(m, f, *inputs):
+    """A call that runs f(*inputs) forward and backward."""
+    def run():
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        for p in (*m.trained, *m.disc.parameters()):
+            p.grad = None
+        with m.autocast():
+            out = f(*leaves)
+        out.backward(torch.ones_like(out))
+    return run
 
 
 def part_runners(m, x):
@@ -361,16 +402,7 @@ def part_runners(m, x):
     z = torch.randn(len(x), m.to_latent.in_channels, m.side, m.side, device=DEVICE)
     fake = torch.rand_like(x) * 2 - 1
     gradients = [torch.randn_like(p) for p in m.trained]
-
-    def both(f, *inputs):
-        def run():
-            leaves = [t.detach().requires_grad_() for t in inputs]
-            for p in (*m.trained, *m.disc.parameters()):
-                p.grad = None
-            with m.autocast():
-                out = f(*leaves)
-            out.float().sum().backward()
-        return run
+    both = functools.partial(both_ways, m)
 
     def teacher():
         with m.autocast():
@@ -397,36 +429,164 @@ def part_runners(m, x):
 
 
 def milliseconds(run):
-    if CUDA:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    """Of one call; on a GPU by its own clock, behind a pause of 20 ms in which the launches queue up."""
+    if not CUDA:
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(40_000_000)
+    start.record()
     run()
-    if CUDA:
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def in_turns(rounds, *calls):
+    """The median of what each call returns."""
+    results = [[call() for call in calls] for _ in range(rounds + 1)]
+    return [statistics.median(r) for r in zip(*results[1:])]                # the first round warms up
 
 
 def bench_parts(setting, folder, args):
     _, size, batch, *_ = SETTINGS[setting]
-    x = torch.rand(batch, 3, size, size, device=DEVICE) * 2 - 1
-    x = x.contiguous(memory_format=torch.channels_last)
-    runners = {"train.py": part_runners(Ours(setting, folder), x)}
+    m, x = ours(setting, folder)
+    runners = {"train.py": part_runners(m, x)}
     for name in args.peers:
-        runners[name] = part_runners(Peer(setting, *PEERS[name]), x)
-    rows = []
-    for part in runners["train.py"]:
-        times = {name: [] for name in runners}
-        for _ in range(args.rounds + 1):
-            for name, parts in runners.items():
-                times[name].append(milliseconds(parts[part]))
-        median = {name: statistics.median(t[1:]) for name, t in times.items()}           # the first warms up
-        ours = median.pop("train.py")
-        rows.append((part, f"{ours:.1f}", *(f"{t:.1f} ({t / ours:.2f})" for t in median.values())))
+        runners[f"peer, {name}"] = part_runners(Peer(setting, *PEERS[name]), x)
+
+    def rows():
+        for part in runners["train.py"]:
+            calls = [functools.partial(milliseconds, parts[part]) for parts in runners.values()]
+            first, *others = in_turns(args.rounds, *calls)
+            yield part, f"{first:.1f}", *(f"{t:.1f} ({t / first:.2f})" for t in others)
+
     table(f"parts, forward and backward, ms (over ours): {setting}, {size} px, batch {batch}",
-          ("", *runners), rows)
+          ("", *runners), rows())
 
 
-BENCHES = {"step": bench_step, "scaling": bench_scaling, "parts": bench_parts}
+def bench_kernels(setting, folder, args):
+    total, device = ("self_device_time_total", "CUDA") if CUDA else ("self_cpu_time_total", "CPU")
+    for part, run in part_runners(*ours(setting, folder)).items():
+        run()
+        with torch.profiler.profile() as profiler:
+            run()
+            if CUDA:
+                torch.cuda.synchronize()
+        kernels = [k for k in profiler.key_averages() if k.device_type.name == device]
+        kernels = [k for k in kernels if not k.is_user_annotation]          # they span kernels
+        kernels.sort(key=lambda k: -getattr(k, total))
+        ms = sum(getattr(k, total) for k in kernels) / 1e3
+        table(f"{part}: {ms:.2f} ms in {sum(k.count for k in kernels)} kernels", ("ms", "calls", "kernel"),
+              [(f"{getattr(k, total) / 1e3:.3f}", k.count, k.key[:90]) for k in kernels[:12]])
+
+
+# ------------------------------------------------------------------ candidates
+
+def nearest_then_3x3(self, x):
+    """In place of Upsample.forward: as it is written down, with 2.25 times the products."""
+    return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def four_2x2(self, x):
+    """In place of Upsample.forward: a 2x2 convolution for each parity of row and column, interleaved."""
+    kernel = F.avg_pool2d(self.conv.weight, 2, 1, padding=1, divisor_override=1)         # [C,C,4,4]
+    y = [F.conv2d(F.pad(x, (1 - q, q, 1 - p, p)), kernel[:, :, p::2, q::2], self.conv.bias)
+         for p in (0, 1) for q in (0, 1)]                                                # 4 x [B,C,h,w]
+    y = torch.stack([t.permute(0, 2, 3, 1) for t in y], 3).unflatten(3, (2, 2))          # [B,h,w,2,2,C]
+    return y.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)             # [B,C,2 h,2 w]
+
+
+def explicit_softmax(q, k, v):
+    """In place of F.scaled_dot_product_attention, whose fast kernels refuse heads of more than 256."""
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+def early_flag(run):
+    """In place of train.py's functions of these names: the flag of the generator's gradients is on its way to
+    the host during D's backward pass, and D's own never goes there: its optimizer reads it on the device."""
+    flag = torch.zeros((), dtype=torch.bool, pin_memory=CUDA)
+    copied, plain_loss = torch.cuda.Event() if CUDA else None, train.discriminator_loss
+
+    def broken(parameters):
+        return ~torch.isfinite(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+
+    def discriminator_loss(real, fake):
+        flag.copy_(broken(train.trained(run.sae)), non_blocking=True)
+        if copied:
+            copied.record()
+        return plain_loss(real, fake)
+
+    def agree(run, loss):
+        run.opt_disc.found_inf = broken(run.disc.parameters()).float()
+        if copied:
+            copied.synchronize()
+        return int(flag), 0
+
+    return {"discriminator_loss": discriminator_loss, "agree": agree}
+
+
+def step_ms(run, steps):
+    """Of a step in train.py's own loop, in this process."""
+    lines = -(-steps // LOG_EVERY)
+    run.args.steps = run.step + (2 + lines) * LOG_EVERY         # the first two start the workers and warm up
+    train.train(run)
+    metrics = (run.out / "metrics.jsonl").read_text().splitlines()[-lines:]
+    return 1e3 * run.args.batch / statistics.median(json.loads(line)["images/s"] for line in metrics)
+
+
+def step_with_cudnn_benchmark(setting, folder, steps):
+    # In a process of its own: cuDNN's first choice for a shape is kept, whatever is set afterwards.
+    out = new_folder(folder)
+    program = "import torch, train; torch.backends.cudnn.benchmark = True; train.main()"
+    command = [sys.executable, "-c", program, *train_command(setting, folder, out)[2:]]
+    return 1e3 * SETTINGS[setting][2] / measure(command, out, steps)[0]
+
+
+def bench_candidates(setting, folder, args):
+    _, size, batch, *_ = SETTINGS[setting]
+    by_cudnn = step_with_cudnn_benchmark(setting, folder, args.steps)       # before ours takes the memory
+    m, x = ours(setting, folder)
+    step = functools.partial(step_ms, m.run, args.steps)
+
+    def alone(layer, channels, side):
+        z = torch.randn(batch, channels, side, side, device=DEVICE, dtype=torch.bfloat16)
+        z = z.contiguous(memory_format=torch.channels_last)
+        return functools.partial(milliseconds, both_ways(m, layer, z))
+
+    candidates, side = [], m.side               # (part, ms of it, candidate, what it changes)
+    for layer in m.decoder:
+        if isinstance(layer, sae.AttnBlock):
+            change = patch.multiple(F, scaled_dot_product_attention=explicit_softmax)
+            ms = alone(layer, layer.proj.in_channels, side)
+            candidates.append(("AttnBlock", ms, "explicit softmax", change))
+        if isinstance(layer, sae.Upsample):
+            c = layer.conv.in_channels
+            for form in nearest_then_3x3, four_2x2:
+                change = patch.multiple(sae.Upsample, forward=form)
+                part = f"Upsample {c}x{side}x{side}"
+                candidates.append((part, alone(layer, c, side), form.__name__, change))
+            side *= 2
+    candidates.append(("step", step, "flag read after D", patch.multiple(train, **early_flag(m.run))))
+    ms = functools.partial(milliseconds, part_runners(m, x)["LPIPS"])
+    compiled = patch.multiple(m, perceptual=torch.compile(m.perceptual))
+    candidates.append(("LPIPS", ms, "compiled", compiled))
+
+    def rows():
+        now = step()
+        yield "step", f"{now:.2f}", "cudnn.benchmark", f"{by_cudnn:.2f}", f"{now / by_cudnn:.2f}"
+        for part, ms, name, change in candidates:
+            now, then = in_turns(args.rounds, ms, change(ms))
+            yield part, f"{now:.2f}", name, f"{then:.2f}", f"{now / then:.2f}"
+
+    table(f"candidates, ms: {setting}, {size} px, batch {batch}",
+          ("part", "as it is", "candidate", "ms", "as it is over it"), rows())
+
+
+BENCHES = {"files": lambda *_: None, "step": bench_step, "scaling": bench_scaling,
+           "candidates": bench_candidates, "parts": bench_parts, "kernels": bench_kernels}
 
 
 def main():
@@ -435,9 +595,11 @@ def main():
     add = parser.add_argument
     add("what", nargs="*", metavar="WHAT", help=f"of {', '.join(BENCHES)}; all by default")
     add("--rounds", type=int, default=3)
-    add("--steps", type=int, default=6, help="measured in each run, after two that are not")
-    add("--compile", action="store_true", help="compiled competitors too: minutes to build")
+    add("--steps", type=int, default=6 * LOG_EVERY, help="measured in each run")
+    add("--compile", action="store_true", help="train.py --compile, too: minutes to build")
+    add("--peers", nargs="+", choices=PEERS, default=[], help="the step made of others' parts, too")
     add("--setting", choices=SETTINGS, help="this model alone")
+    add("--keep", type=Path, metavar="FOLDER", help="of the setting's files, drawn where they are not there")
     add("--peer", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
@@ -445,16 +607,21 @@ def main():
         return run_peer(name, setting, Path(folder), Path(out))
     if unknown := set(args.what) - set(BENCHES):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}: choose of {', '.join(BENCHES)}")
-    args.peers = [name for name, (_, compiled) in PEERS.items() if args.compile or not compiled]
+    if args.keep and not args.setting:
+        parser.error("--keep holds the files of one --setting: name it")
 
     device = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {device}")
     settings = ["H+ and LDM's decoder", "H+"] if CUDA else ["S"]
     for setting in [args.setting] if args.setting else settings:
-        with tempfile.TemporaryDirectory() as folder:
-            prepare(setting, Path(folder))
-            for name in args.what or BENCHES:
-                BENCHES[name](setting, Path(folder), args)
+        with contextlib.nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder).resolve()
+            if not (folder / "stage1" / "last.pt").exists():
+                prepare(setting, folder)
+            for name, bench in BENCHES.items():
+                if name in (args.what or BENCHES):
+                    bench(setting, folder, args)
+        ours.cache_clear()
 
 
 if __name__ == "__main__":
