@@ -104,8 +104,8 @@ def load_sae(path):
     file = Path(path, "config.json")
     about = read_json(file) if file.exists() else {}
     require(about.get("model_type") == "sae" and about.get("version") == EXPORT_VERSION,
-            f"{path} is no folder of SAE.save_pretrained, version {EXPORT_VERSION}: its config.json is absent "
-            "or says otherwise")
+            f"{path} is no folder of SAE.save_pretrained, version {EXPORT_VERSION}: its config.json is "
+            "absent or says otherwise")
     return about.get("config"), {name: t.float() for name, t in load_tensors(path).items()}
 
 

@@ -45,7 +45,6 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import common                                                   # noqa: E402
 import sae                                                      # noqa: E402
 import train                                                    # noqa: E402
 from sae_weights import CHECKPOINT_VERSION, save_safetensors, write     # noqa: E402
