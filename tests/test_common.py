@@ -165,6 +165,16 @@ def test_a_json_without_a_label_is_no_label(about, photos, tmp_path):
     assert common.ImageFolder(pack(photos, tmp_path / "tars", ("json", about))).classes == [""]
 
 
+def test_a_label_belongs_to_the_name_up_to_the_last_dot_else_as_webdataset_has_it_to_the_first(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in "a/0.img.png", "b/1.5.png":
+            add(tar, name, b"")
+        add(tar, "a/0.cls", b"7")
+        add(tar, "b/1.5.cls", b"8")
+    folder = common.ImageFolder(tmp_path)
+    assert [folder.classes[label] for label in folder.labels] == ["7", "8"]
+
+
 def test_the_path_of_a_member_is_the_one_in_a_folder(tars):
     file = common.ImageFolder(tars).files[0]
     assert Path(file).relative_to(tars).parts[1:] == ("cats", "0.png") and str(file) == str(Path(file))
@@ -183,6 +193,8 @@ def test_the_index_of_tars_is_made_once_and_anew_when_a_tar_has_changed(photos, 
     assert len(common.ImageFolder(tars)) == 13 and len(read) == 2
     (tars / ".index.json").write_text('[[["0.tar"')             # as two jobs that start at once may leave it
     assert len(common.ImageFolder(tars)) == 13 and len(read) == 4
+    (tars / ".index.json").write_text("5")                      # as another version may have left it
+    assert len(common.ImageFolder(tars)) == 13 and len(read) == 6
     (tars / ".index.json").unlink()
     monkeypatch.setenv("RANK", "1")
     assert len(common.ImageFolder(tars)) == 13 and not (tars / ".index.json").exists()
