@@ -143,7 +143,8 @@ def decode_files(model, args):
         mean, std = stats["mean"], stats["std"]                                          # [1,C,1,1]
     for images in {metadata(path).get("images", "") for path in paths}:
         require(not images or not args.out.resolve().is_relative_to(Path(images).resolve()),
-                f"the output {args.out} lies inside the encoded images {images}: give another --out")
+                f"the output {args.out} lies inside the images of {images} and would become one: give "
+                "another --out")
     for path in paths[RANK::WORLD]:
         decode_shard(model, path, mean, std, args)
 
