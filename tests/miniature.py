@@ -60,8 +60,8 @@ DEMO = ("Freeze", "reg 100", "E2E")
 LOOK_FOR = """
 What to look for, after as many steps as by default:
   Freeze:  the frozen encoder tells the decoder the shape and its place, and hardly any colour.
-  reg 100: sharper outlines, and colours and textures come back; the probe stays.
-  E2E:     the sharpest reconstruction, and the probe collapses: the semantics are gone."""
+  reg 100: sharper outlines, and the colours of the grounds come back; the probe falls by two points.
+  E2E:     the colours of the shapes come back, too, and the probe collapses: the semantics are gone."""
 PAPER = {                                       # probe %, PSNR on ImageNet 256
     "Freeze": (88.4, 19.39), "reg 500": (87.0, 29.74), "reg 200": (86.1, 32.21), "reg 100": (81.9, 33.84),
     "E2E": (12.4, 41.35), "VAE": (8.0, 25.29),
@@ -330,16 +330,16 @@ def draw_figure(rows, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, (ours, papers) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+    marker = dict(zip(ROWS, "osD^vPX*<>hd"))
     for name, scores in rows.items():
         x, y = ([s[column] for s in scores] for column in ("PSNR", "probe"))
         spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in (x, y)]
-        x, y = statistics.mean(x), statistics.mean(y)
-        ours.errorbar(x, y, xerr=spread[0], yerr=spread[1], fmt="o", capsize=3,
-                      color="C0" if name in PAPER else "C1")
-        ours.annotate(name, (x, y), (5, -12), textcoords="offset points", fontsize=8)
+        ours.errorbar(statistics.mean(x), statistics.mean(y), xerr=spread[0], yerr=spread[1], capsize=3,
+                      fmt=marker[name], label=name)
     for name, (probe, db) in PAPER.items():
-        papers.plot(db, probe, "o", color="grey")
-        papers.annotate(name, (db, probe), (5, -12), textcoords="offset points", fontsize=8, color="grey")
+        papers.plot(db, probe, marker[name], color="grey", label=name)
+    for axes in ours, papers:
+        axes.legend(loc="lower left", fontsize=8)
     ours.set(title="measured here", xlabel="PSNR, dB", ylabel="linear probe, %", ylim=(0, 105))
     papers.set(title="the paper's, ImageNet 256", xlabel="PSNR, dB", ylim=(0, 105))
     write(path, lambda file: figure.savefig(file, format="png", dpi=110))
