@@ -203,9 +203,8 @@ def report(run, values, speed):
 
 def main(argv=None):
     args = options(argv)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):       # Windows has the first two alone
-            signal.signal(getattr(signal, name), on_signal)
+    for signum in signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2:
+        signal.signal(signum, on_signal)
     run = setup(args)
     signum = train(run)
     finish(run)
@@ -255,7 +254,11 @@ def setup(args):
     if world > 1:
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+        # torchrun keeps its store over its restarts: without a prefix, ranks find the addresses of dead ones.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+                                 next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=timedelta(minutes=30))
         steps = [None] * world
         dist.all_gather_object(steps, saved["step"] if saved else 0)
         require(len(set(steps)) == 1,
@@ -440,8 +443,7 @@ def round_weights(*frozen):
 # ------------------------------------------------------------------ options
 
 def options(argv=None):
-    p = argparse.ArgumentParser(description="Two-stage training of S-AE; the defaults are the paper's.",
-                                formatter_class=Help)
+    p = argparse.ArgumentParser(description="The defaults are the paper's.", formatter_class=Help)
     add = p.add_argument
     add("--stage", type=int, choices=(1, 2), required=True, help="1: on a frozen encoder; 2: all is trained")
     add("--reg", type=float, default=100.0, help="weight of the teacher MSE (stage 2): more probe, less PSNR")
@@ -509,8 +511,7 @@ def check_options(args):
     require(args.seed < 2 ** 63, f"--seed {args.seed}: give less than 2^63")
     require(args.size >= 32 or not args.gan,
             f"--size {args.size} is too small for the discriminator: give 32 or more, or --gan 0")
-    gan_at_once = args.gan and not args.gan_start
-    require(args.l1 or args.lpips or gan_at_once,
+    require(args.l1 or args.lpips or args.gan and not args.gan_start,
             "--l1 0 and --lpips 0 leave nothing to learn from in the first step: give one of them a weight")
 
 
@@ -624,16 +625,15 @@ def on_signal(signum, frame):
 
 def lock(out):
     """An open file that keeps other processes from training into `out`, as long as this process lives."""
+    import fcntl                        # not on Windows
     file = open(out / "lock", "w")
-    if os.name == "posix":
-        import fcntl
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # not flock, which data workers would inherit
-        except (BlockingIOError, PermissionError) as error:
-            raise ValueError(f"another process is training into {out}: wait for it, or name another folder "
-                             "with --out") from error
-        except OSError as error:                                # some network file systems have no locks
-            print(f"{out} cannot be locked ({error.strerror}): see to it that no other process writes there")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # not flock, which data workers would inherit
+    except (BlockingIOError, PermissionError) as error:
+        raise ValueError(f"another process is training into {out}: wait for it, or name another folder "
+                         "with --out") from error
+    except OSError as error:                                    # some network file systems have no locks
+        print(f"{out} cannot be locked ({error.strerror}): see to it that no other process writes there")
     return file
 
 
