@@ -22,8 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import ImageFolder, check_output, psnr, save_grid, to_float, to_uint8
-from eval import (RANK, WORLD, Crops, FIDInception, at_least, batches, digest, frechet_distance, identity,
-                  latent_mean_std, latent_sums, load_model, print_table, shares, to_json)
+from eval import (RANK, WORLD, Crops, FIDInception, Moments, at_least, batches, digest, frechet_distance,
+                  identity, latent_mean_std, latent_sums, load_model, print_table, shares, to_json)
 from sae import SAE, DINOv3
 from sae_weights import load_safetensors, load_tensors, require, save_safetensors, torch_load, write
 
@@ -305,6 +305,7 @@ class Judge:
         if "fid" not in args.skip:
             self.networks["fid"] = FIDInception(args.inception, args.fid_dims, args.fid_resize).to(device)
         self.test, self.probe = self.look(images_of(test, args, device)), None
+        self.gaussians = {name: gaussian(f) for name, f in self.test.items()}
         if len(train.classes) > 1:
             seen = torch.cat([features(to_uint8(x)) for x in images_of(train, args, device)])
             self.probe = fit_probe(seen, torch.tensor(train.labels, device=device))
@@ -318,7 +319,7 @@ class Judge:
     def compare(self, **kinds):
         """{fd_KIND, fid_KIND, class_KIND} of each kind of images; their labels are the test images'."""
         seen = {kind: self.look(images) for kind, images in kinds.items()}
-        scores = {f"{name}_{kind}": frechet_distance(*gaussian(f), *gaussian(self.test[name]))
+        scores = {f"{name}_{kind}": frechet_distance(*gaussian(f), *self.gaussians[name])
                   for kind, features in seen.items() for name, f in features.items()}
         if self.probe:
             for kind, features in {**seen, "test": self.test}.items():
@@ -328,9 +329,10 @@ class Judge:
 
 
 def gaussian(features):
-    """(mean [D], covariance [D,D]) of features [n,D], float64."""
-    f = features.double().cpu().numpy()
-    return f.mean(0), np.cov(f.T)
+    """(mean [D], covariance [D,D]) of features [n,D], numpy float64."""
+    moments = Moments(features.shape[1], features.device)
+    moments.update(features)
+    return moments.mean_cov()
 
 
 def fit_probe(features, labels):

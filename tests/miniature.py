@@ -273,17 +273,18 @@ def teacher_scores(folder, args, paths):
     the patch tokens, as a share of their variance. PSNR 3:4: of crops that are a quarter less high than wide.
     """
     sae, teacher = SAE.from_pretrained(folder / "last.pt"), DINOv3.from_pretrained(paths["encoder"])
-    files, f = ImageFolder(paths["val"]).files, sae.config.f
+    files, f, grid = ImageFolder(paths["val"]).files, sae.config.f, (args.size // DINOv3.patch,) * 2
     real, fake = (Moments(teacher.cfg.width, "cpu") for _ in range(2))
     mse, tokens, db = 0.0, [], []
     for i in range(0, len(files), 32):
         crops = [np.asarray(center_crop(load_image(file), args.size)) for file in files[i:i + 32]]
         x = to_float(torch.from_numpy(np.stack(crops)))                                  # [B,3,S,S]
         target = teacher(x)[2]                                                           # [B,N,D]
-        xhat = sae.decode(sae.encode(x).mode()).clamp(-1, 1)
+        patches = sae.encoder(x)[2]                                                      # [B,N,D]
+        xhat = sae.decode(sae.posterior(patches, *grid).mode()).clamp(-1, 1)
         real.update(target.mean(1))
         fake.update(teacher(xhat)[2].mean(1))
-        mse += (sae.encoder(x)[2] - target).square().sum().item()
+        mse += (patches - target).square().sum().item()
         tokens.append(target)
         wide = x[:, :, :max(f, args.size * 3 // 4 // f * f)]                             # [B,3,3/4 S,S]
         db.append(psnr(to_uint8(wide), to_uint8(sae.decode(sae.encode(wide).mode()))))
@@ -398,7 +399,9 @@ def draw_runs(folders, paths, size, demo_path, one_path, n=8):
     rows, steps = {"original": originals[shown]}, {}
     for name, folder in folders.items():
         sae = SAE.from_pretrained(folder / "last.pt")
-        tokens, mu = sae.encoder(x)[2].transpose(1, 2).unflatten(2, grid), sae.encode(x).mode()
+        patches = sae.encoder(x)[2]                                                      # [8 n,h w,D]
+        mu = sae.posterior(patches, *grid).mode()
+        tokens = patches.transpose(1, 2).unflatten(2, grid)
         rows[name] = to_pixels(sae.decode(mu[shown]))
         steps[name] = np.stack([originals[0], colours.paint(tokens[:1], size)[0],
                                 Principal(mu).paint(mu[:1], size)[0], rows[name][0]])
