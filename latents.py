@@ -25,7 +25,8 @@ from common import ImageFolder, check_output, psnr, save_grid, to_float, to_uint
 from eval import (RANK, WORLD, Crops, FIDInception, Moments, at_least, batches, digest, frechet_distance,
                   identity, latent_mean_std, latent_sums, load_model, print_table, shares, to_json)
 from sae import SAE, DINOv3
-from sae_weights import load_safetensors, load_tensors, require, save_safetensors, torch_load, write
+from sae_weights import (load_metadata, load_safetensors, load_tensors, require, save_safetensors, torch_load,
+                         write)
 
 
 def add_options(p, mode):
@@ -85,7 +86,7 @@ def encode_folder(model, args):
     announce(model, crops, n, args)
     about, sums = {"key": key, "images": str(args.encode.absolute()), "model": model.name}, 0
     for shard, path in list(zip(shards, paths))[RANK::WORLD]:
-        require(not path.exists() or metadata(path).get("key") == key,
+        require(not path.exists() or load_metadata(path).get("key") == key,
                 f"{path} holds latents of another model, crop, --shard, --flip or images: delete it, or "
                 "choose another --out")
         if path.exists() and model.identity:
@@ -141,7 +142,7 @@ def decode_files(model, args):
         stats = load_tensors(paths[0].with_name("latents_stats.pt"))
         require({"mean", "std"} <= stats.keys(), f"latents_stats.pt beside {paths[0]} has no mean and std")
         mean, std = stats["mean"], stats["std"]                                          # [1,C,1,1]
-    for images in {metadata(path).get("images", "") for path in paths}:
+    for images in {load_metadata(path).get("images", "") for path in paths}:
         require(not images or not args.out.resolve().is_relative_to(Path(images).resolve()),
                 f"the output {args.out} lies inside the images of {images} and would become one: give "
                 "another --out")
@@ -152,8 +153,8 @@ def decode_files(model, args):
 def decode_shard(model, path, mean, std, args):
     z = load_safetensors(path).get("latents")                                            # [n,C,h,w]
     require(z is not None, f"{path} holds no tensor `latents` [n,C,h,w]")
-    # Samples have no names: they get numbers.
-    names = json.loads(metadata(path).get("names", "[]")) or [f"{path.stem}-{i:05}" for i in range(len(z))]
+    names = json.loads(load_metadata(path).get("names", "[]"))
+    names = names or [f"{path.stem}-{i:05}" for i in range(len(z))]     # samples have none: numbers
     targets = [args.out / (name if name.endswith(".png") else name + ".png") for name in names]
     inside = all(not Path(name).is_absolute() and ".." not in Path(name).parts for name in names)
     require(inside and len(set(targets)) == len(targets),
@@ -175,13 +176,6 @@ def decode_shard(model, path, mean, std, args):
         for j, image in zip(part, images.permute(0, 2, 3, 1).cpu().numpy()):
             targets[j].parent.mkdir(parents=True, exist_ok=True)
             write(targets[j], lambda file: Image.fromarray(image).save(file, format="png"))
-
-
-def metadata(path):
-    """The __metadata__ of a safetensors file: {str: str}."""
-    load_safetensors(path)                      # refuses what is none
-    with open(path, "rb") as file:
-        return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__", {})
 
 
 # ------------------------------------------------------------------ a small DiT

@@ -428,13 +428,8 @@ def load_safetensors(path):
     safetensors library refuses and for three things that it takes but only a broken writer makes: a key given
     twice, data_offsets that are no multiple of the item's size, an entry that is no JSON object.
     """
-    refuse_text(path)
+    entries, _ = read_header(path)
     with open(path, "rb") as file:
-        try:
-            entries = read_header(file)
-        except ValueError as error:
-            raise ValueError(f"{path} is no valid safetensors file: {error}; "
-                             "fetch or write it again") from error
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = {}
     for begin, end, name, dtype, shape in entries:
@@ -447,14 +442,30 @@ def load_safetensors(path):
     return tensors
 
 
-def read_header(file):
-    """[(first byte in the file, end, name, dtype, shape)] in the order of the data. Every check is here."""
+def load_metadata(path):
+    """The metadata of a safetensors file, {str: str}. ValueError as from `load_safetensors`."""
+    return read_header(path)[1]
+
+
+def read_header(path):
+    """What `check_header` gives of the file, or ValueError with its name."""
+    refuse_text(path)
+    with open(path, "rb") as file:
+        try:
+            return check_header(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is no valid safetensors file: {error}; "
+                             "fetch or write it again") from error
+
+
+def check_header(file):
+    """([(first byte in the file, end, name, dtype, shape)] in the order of the data, metadata)."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     start = 8 + length
     require(start <= size, f"its {size} bytes are too few for the first 8 and a header of {length}")
     require(length <= MAX_HEADER, f"its header of {length} bytes is over the limit of {MAX_HEADER}")
-    header = parse_header(file.read(length))
+    header, metadata = parse_header(file.read(length))
     for name, info in header.items():
         require(is_entry(info), f"tensor {name!r} needs a known dtype, sizes as shape and two data_offsets, "
                 f"and has {info!r:.200}")
@@ -476,7 +487,7 @@ def read_header(file):
         entries.append((start + begin, start + end, name, dtype, shape))
         position = end
     require(start + position == size, f"its tensors end at byte {start + position}, but the file at {size}")
-    return entries
+    return entries, metadata
 
 
 def is_entry(info):
@@ -489,7 +500,7 @@ def is_entry(info):
 
 
 def parse_header(text):
-    """{name: entry} of a header, by the library's rules of JSON and without a key given twice."""
+    """({name: entry}, metadata) of a header, by the library's rules of JSON, without a key given twice."""
     def unique(pairs):
         found = {}
         for key, value in pairs:
@@ -511,7 +522,7 @@ def parse_header(text):
     metadata = header.pop("__metadata__", None)
     require(metadata is None or type(metadata) is dict and all(type(v) is str for v in metadata.values()),
             "its __metadata__ does not map strings to strings")
-    return header
+    return header, metadata or {}
 
 
 def save_safetensors(tensors, path, metadata=None):
