@@ -157,8 +157,8 @@ def list_tars(root, tars):
     Reading all headers takes minutes: root/.index.json keeps them until a tar's name, size or time changes.
     """
     index, paths = root / ".index.json", [f"{root}/{tar}" for tar in tars]
-    state = [[tar, os.stat(path).st_size, os.stat(path).st_mtime_ns] for tar, path in zip(tars, paths)]
-    state = {"version": 1, "tars": state}       # of what `read_tar` makes of them
+    stats = [[tar, os.stat(path).st_size, os.stat(path).st_mtime_ns] for tar, path in zip(tars, paths)]
+    state = {"version": 1, "tars": stats}       # the version of what `read_tar` makes of them
     try:
         kept = json.loads(index.read_bytes())
     except (OSError, ValueError):
@@ -260,6 +260,12 @@ def center_crop(im, size):
     im = im.resize(resized(*im.size, size), Image.BICUBIC)
     left, top = (im.width - size) // 2, (im.height - size) // 2
     return im.crop((left, top, left + size, top + size))
+
+
+def load_crops(files, size):
+    """The centre crops of image files, [n,3,size,size] in [-1,1]. ValueError as from `load_image`."""
+    crops = [np.asarray(center_crop(load_image(file), size)) for file in files]
+    return to_float(torch.from_numpy(np.stack(crops)))
 
 
 def resized(width, height, short_side):

@@ -38,8 +38,8 @@ from torchvision.models.inception import BasicConv2d, inception_v3
 from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop, ToPILImage
 from tqdm import tqdm
 
-from common import (LPIPS, Help, ImageFolder, center_crop, check_launcher, check_output, command, load_image,
-                    psnr, save_grid, to_float, to_uint8)
+from common import (LPIPS, Help, ImageFolder, center_crop, check_launcher, check_output, command, load_crops,
+                    load_image, psnr, save_grid, to_float, to_uint8)
 from sae import SAE, Posterior, philox_normal
 from sae_weights import load_tensors, require, write
 
@@ -55,7 +55,7 @@ SSIM_PROTOCOL = "11 taps, sigma 1.5, per channel, reflect padding, full map"
 NOISE_PROTOCOL = "decoded from z + tau std eps, std per channel over these images"
 FD_PROTOCOL = ("features before the head, fp32, bicubic antialiased resize to {input_size}, mean {mean}, std "
                "{std}; those of a DINO flatter a DINO autoencoder")
-FID_PROTOCOL = "{fid_dims} features of {inception.name}, {fid_resize} resize to 299, fp32"
+FID_PROTOCOL = "{dims} features of {file}, {resize} resize to 299, fp32"
 
 
 def ssim(x, y):
@@ -93,7 +93,8 @@ class FIDInception(nn.Module):
         while next(reversed(layers)) != last:
             layers.popitem()
         self.net, self.resize = nn.Sequential(layers), resize
-        self.dims, self.protocol = dims, FID_PROTOCOL
+        self.dims = dims
+        self.protocol = FID_PROTOCOL.format(dims=dims, file=Path(path).name, resize=resize)
         self.load(path, dims)
 
         for module in self.net.modules():
@@ -771,8 +772,8 @@ def write_json(path, row):
 
 def write_grid(path, model, folder, size):
     """Eight images of the set, evenly spaced, as a PNG: originals, reconstructions, |difference|."""
-    crops, index = Crops(size, folder), np.linspace(0, len(folder) - 1, min(8, len(folder))).astype(int)
-    x = to_float(torch.stack([crops[i][1] for i in index])).to(model.device)             # [8,3,S,S]
+    index = np.linspace(0, len(folder) - 1, min(8, len(folder))).astype(int)
+    x = load_crops([folder.files[i] for i in index], size).to(model.device)              # [8,3,S,S]
     y = torch.cat([model.reconstruct(image[None], int(i))[2] for image, i in zip(x, index)]).clamp(-1, 1)
     save_grid(path, x, y, (x - y).abs() - 1)    # -1 is black
 
@@ -784,12 +785,12 @@ def protocol(model, networks, args):
     crops = {"full": "random crops", "cached": "centre crops, features kept in fp16"}[args.probe]
     lines = {"images": IMAGES_PROTOCOL, "model": f"z {z}, fp32; of an S-AE the EMA weights",
              "psnr": PSNR_PROTOCOL, "ssim": SSIM_PROTOCOL, "lpips": LPIPS_PROTOCOL,
-             "probe": PROBE_PROTOCOL, "noise": NOISE_PROTOCOL,
-             **{name: net.protocol for name, net in networks.items()},
-             "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}"}
+             "probe": PROBE_PROTOCOL, "noise": NOISE_PROTOCOL}
     known = vars(args) | {"probe": f"on {crops}, {precision} encoder"}
     left_out = args.skip if args.latent_noise else args.skip | {"noise"}
-    return {key: line.format(**known) for key, line in lines.items() if key not in left_out}
+    lines = {key: line.format(**known) for key, line in lines.items() if key not in left_out}
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    return lines | {name: net.protocol for name, net in networks.items()} | {"versions": versions}
 
 
 def print_scores(rows):

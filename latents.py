@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import ImageFolder, check_output, psnr, save_grid, to_float, to_uint8
+from common import ImageFolder, check_output, load_crops, psnr, save_grid, to_float, to_uint8
 from eval import (RANK, WORLD, Crops, FIDInception, Moments, at_least, batches, digest, frechet_distance,
                   identity, latent_mean_std, latent_sums, load_model, print_table, shares, to_json)
 from sae import SAE, DINOv3
@@ -380,8 +380,7 @@ class Generation:
     def choose(self, test, most=8):
         """The handful of evenly spaced test images x [K,3,S,S] on which losses are compared."""
         index = np.linspace(0, len(test.files) - 1, min(most, len(test.files))).astype(int)
-        crops = Crops(self.args.size, test)
-        self.x = to_float(torch.stack([crops[i][1] for i in index])).to(self.device)
+        self.x = load_crops([test.files[i] for i in index], self.args.size).to(self.device)
         z, _, self.xhat = self.model.reconstruct(self.x)
         self.z_test, self.labels_test = self.tokens(z), torch.tensor(test.labels, device=self.device)[index]
 

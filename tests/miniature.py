@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from common import ImageFolder, center_crop, load_image, psnr, to_float, to_uint8  # noqa: E402
+from common import ImageFolder, load_crops, psnr, to_uint8  # noqa: E402
 from eval import Moments, frechet_distance  # noqa: E402
 from sae import SAE, DINOv3, DINOv3Config  # noqa: E402
 from sae_weights import save_safetensors, write  # noqa: E402
@@ -277,8 +277,7 @@ def teacher_scores(folder, args, paths):
     real, fake = (Moments(teacher.cfg.width, "cpu") for _ in range(2))
     mse, tokens, db = 0.0, [], []
     for i in range(0, len(files), 32):
-        crops = [np.asarray(center_crop(load_image(file), args.size)) for file in files[i:i + 32]]
-        x = to_float(torch.from_numpy(np.stack(crops)))                                  # [B,3,S,S]
+        x = load_crops(files[i:i + 32], args.size)                                       # [B,3,S,S]
         target = teacher(x)[2]                                                           # [B,N,D]
         patches = sae.encoder(x)[2]                                                      # [B,N,D]
         xhat = sae.decode(sae.posterior(patches, *grid).mode()).clamp(-1, 1)
@@ -390,20 +389,19 @@ def draw_runs(folders, paths, size, demo_path, one_path, n=8):
     """
     files = ImageFolder(paths["val"]).files
     files = [files[i] for i in np.linspace(0, len(files) - 1, 8 * n).astype(int)]        # 8 n, for the basis
-    originals = np.stack([np.asarray(center_crop(load_image(file), size)) for file in files])
-    x, shown = to_float(torch.from_numpy(originals)), slice(0, None, 8)                  # [8 n,3,S,S]
+    x, shown = load_crops(files, size), slice(0, None, 8)                                # [8 n,3,S,S]
     grid = (size // DINOv3.patch,) * 2
     tokens = DINOv3.from_pretrained(paths["encoder"])(x)[2].transpose(1, 2).unflatten(2, grid)
     colours = Principal(tokens)                                                          # of [8 n,D,h,w]
 
-    rows, steps = {"original": originals[shown]}, {}
+    rows, steps = {"original": to_pixels(x[shown])}, {}
     for name, folder in folders.items():
         sae = SAE.from_pretrained(folder / "last.pt")
         patches = sae.encoder(x)[2]                                                      # [8 n,h w,D]
         mu = sae.posterior(patches, *grid).mode()
         tokens = patches.transpose(1, 2).unflatten(2, grid)
         rows[name] = to_pixels(sae.decode(mu[shown]))
-        steps[name] = np.stack([originals[0], colours.paint(tokens[:1], size)[0],
+        steps[name] = np.stack([rows["original"][0], colours.paint(tokens[:1], size)[0],
                                 Principal(mu).paint(mu[:1], size)[0], rows[name][0]])
     draw_rows(rows, demo_path)
     draw_rows(steps, one_path, columns=("x", "patch tokens", "mu", "xhat"))
