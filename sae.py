@@ -493,11 +493,19 @@ class Posterior:
         return reparameterize(self.mu, self.logvar, seed=0)[1]      # it does not depend on the draw
 
 
+def groups(channels):
+    """The number of groups of a GroupNorm: 32 as LDM's, fewer where 128 does not divide `channels`.
+
+    A group has 4 channels or more: of one, it takes the channel's mean out of each image, which is colour.
+    """
+    return max(1, math.gcd(128, channels) // 4)
+
+
 class NormSiLU(nn.GroupNorm):
     """silu(norm(x)), x [B,channels,h,w]."""
 
     def __init__(self, channels):
-        super().__init__(math.gcd(32, channels), channels, eps=1e-6)
+        super().__init__(groups(channels), channels, eps=1e-6)
 
     def forward(self, x):
         return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
@@ -522,7 +530,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.norm = nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+        self.norm = nn.GroupNorm(groups(channels), channels, eps=1e-6)
         self.qkv, self.proj = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):

@@ -306,16 +306,18 @@ def read_results(results):
     return {name: seeds for name, seeds in scores.items() if seeds}
 
 
+def mean_and_spread(values, digits):
+    """As text: their mean, and ± their standard deviation where there are several."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
 def table(rows):
-    """The Markdown table of `rows`: means over the seeds, ± the standard deviation where there are more."""
+    """The Markdown table of `rows`, over their seeds."""
     columns = [c for c in DIGITS if any(c in scores[0] for scores in rows.values())]
     lines = [f"| row | seeds | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for name, scores in rows.items():
-        cells = []
-        for column in columns:
-            values, digits = [s[column] for s in scores], DIGITS[column]
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        cells = [mean_and_spread([s[column] for s in scores], DIGITS[column]) for column in columns]
         lines.append(f"| {name} | {len(scores)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -418,11 +420,11 @@ def options():
     p.add_argument("--encoder", help="DINOv3 weights; default: trained here on the drawn shapes")
     p.add_argument("--size", type=int, default=64)
     p.add_argument("--batch", type=int, default=8)
-    p.add_argument("--steps", nargs=2, default=("300", "1000"), help="of stage 1 and stage 2")
-    p.add_argument("--lr", nargs=2, default=("1e-3", "1e-3"), help="of decoder and encoder")
-    # Widths that give the groups of a GroupNorm, math.gcd(32, width) of them, several channels: with groups
-    # of one, as at 32 and 16, each channel loses its mean in each image, and the decoder learns colours late.
-    p.add_argument("--widths", nargs="+", default=["120", "88", "56", "40", "24"])
+    p.add_argument("--steps", nargs=2, default=("300", "1800"), help="of stage 1 and stage 2")
+    p.add_argument("--lr", nargs=2, default=("1e-3", "5e-4"), help="of decoder and encoder")
+    # Odd multiples of 8 have two groups to a GroupNorm (sae.py: groups). With many, each takes the mean of a
+    # few channels out of each image, and the decoder learns colours late.
+    p.add_argument("--widths", nargs="+", default=["120", "72", "40", "24", "24"])
     p.add_argument("--gan", default="0", help="weight of the GAN term")
     p.add_argument("--lpips-net", default="vgg")
     p.add_argument("--lpips-weights", help="torchvision's trunk; without it the LPIPS term is off")

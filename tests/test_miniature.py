@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import generation
 import miniature
 import numpy as np
 import pytest
@@ -87,3 +88,28 @@ def test_the_table_gives_means_and_deviations_over_the_seeds():
     spread = statistics.stdev([90, 91, 95])
     assert miniature.table(rows).splitlines()[2:] == [
         f"| Freeze | 3 | 92.0 ± {spread:.1f} | 21.00 ± 1.00 |", "| E2E | 1 | 40.0 | 25.00 |"]
+
+
+def test_samples_and_losses_of_small_dits_on_the_rows_are_tables_and_a_picture(world):
+    words, root = world
+    run(words, "Freeze", "E2E")
+    command = [sys.executable, ROOT / "tests/generation.py", "--runs", root / "out", "--results",
+               root / "samples", "--rows", "Freeze", "E2E", "--steps", 2, 2, "--images", 1, "--seeds", 0]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    folder, images = (root / "samples.md").read_text().split("\n\n")
+    record = root / "out/generation/folder/1-last/metrics.jsonl"
+    scores = json.loads(record.read_text().splitlines()[-1])
+    assert folder.splitlines()[3].startswith(f"| E2E | {scores['class_gen']:.1f} |")
+    # n is 64: no DiT of these widths is below it, so no latent loss has a floor
+    assert [[line.split("|")[i].strip() for i in (1, 4)] for line in images.splitlines()[2:]] == [
+        ["v, 96", "0.00"], ["v, 192", "0.00"], ["v, 384", "0.00"], ["x, 96", "0.00"]]
+    with Image.open(root / "samples.png") as picture:
+        assert picture.size == (110 + 2 * 128, 30 + 2 * 128)
+
+
+def test_the_share_of_opposite_pairs_counts_those_that_the_two_losses_order_differently():
+    scores = {name: {"latent_loss": latent, "rgb_l1": rgb}
+              for name, latent, rgb in (("a", 1, 3), ("b", 2, 1), ("c", 3, 2))}
+    assert generation.opposite([scores]) == pytest.approx(100 * 2 / 3)      # a and b, a and c
