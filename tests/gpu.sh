@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # All that a GPU is needed for, in three parts, each one command and within 10 minutes:
 #
-#   tests/gpu.sh correctness FOLDER         builds csrc; the tests of the ops and both sanitizers: 4 minutes
+#   tests/gpu.sh correctness FOLDER         builds csrc; the tests of the ops, both sanitizers, and the kernel
+#                                           candidates (tests/candidates), built and tested: 4 minutes
 #   tests/gpu.sh timings FOLDER [STEP ...]  the most valuable first, what has to compile last: all, or some of
-#                                           ceilings attention step parts ops candidates ncu compiled
-#                                           compiled-ops peers
+#                                           ceilings attention step parts ops kernels candidates ncu
+#                                           compiled compiled-ops peers
 #   tests/gpu.sh photos FOLDER              the miniature's ablation on the photos that SAE_TEST_DATA names
 #
 # A part writes FOLDER/PART.txt, photos also photos.tar.gz with its rows, table, figure and picture. A step
@@ -19,8 +20,8 @@ export SAE_TEST_CUDA=1 PYTHONUNBUFFERED=1 TQDM_MININTERVAL=60
 PATH=$PATH:/usr/local/cuda/bin:$(printf '%s:' /opt/nvidia/nsight-compute/*)
 python=${PYTHON:-python3}
 part=${1:-} chosen=" ${*:3} "
-all="ceilings attention step parts ops candidates ncu compiled compiled-ops peers"
-[[ " correctness timings photos " == *" $part "* && -n ${2:-} ]] || { sed -n '2,18s/^# \?//p' "$0"; exit 2; }
+all="ceilings attention step parts ops kernels candidates ncu compiled compiled-ops peers"
+[[ " correctness timings photos " == *" $part "* && -n ${2:-} ]] || { sed -n '2,19s/^# \?//p' "$0"; exit 2; }
 for word in $chosen; do
     [[ " $all " == *" $word "* ]] || { echo "gpu.sh: no step $word: choose of $all"; exit 2; }
 done
@@ -29,9 +30,11 @@ folder=$(realpath "$2") results=$(realpath "$2")/$part.txt
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 : > "$results"
-# The files of the step, 8 GB, are made by the part correctness and stay for the part timings.
+# The files of the step, 8 GB, and the kernel candidates are made by the part correctness and stay for the
+# part timings.
 files=${TMPDIR:-/tmp}/sae-step
 [[ $(df --output=avail -BG /dev/shm | tail -1 | tr -dc 0-9) -lt 20 ]] || files=/dev/shm/sae-step
+patched=${TMPDIR:-/tmp}/sae-candidates
 
 # run NAME SECONDS COMMAND...: at its limit it is interrupted, since pytest and the benchmarks then still
 # print what they have; env, because what bash starts with & would ignore interrupts.
@@ -55,12 +58,14 @@ ops() { step "$1" "$2" "$python" tests/bench/bench_ops.py "${@:3}" --device cuda
 train() {
     step "$1" "$2" "$python" tests/bench/bench_train.py --setting H+ --keep "$files" --rounds 1 "${@:3}"
 }
+kernels() { step kernels "$1" "$python" tests/bench/bench_kernels.py "$patched" "${@:2}"; }
 
-if ! arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>&1); then
+if ! arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())'); then
     echo "gpu.sh: torch sees no GPU" | tee -a "$results"
     exit 1
 fi
-run build 90 env TORCH_CUDA_ARCH_LIST="$arch" "$python" setup.py -q build_ext --inplace
+export TORCH_CUDA_ARCH_LIST=$arch
+run build 90 "$python" setup.py -q build_ext --inplace
 run has-cuda 20 "$python" -c 'import sae, sys, torch; sys.exit(sae.NO_CSRC or not torch.ops.sae.has_cuda())'
 [[ ! -e $logs/failed ]] || exit 1               # without the kernels there is nothing to test or time
 run device 10 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,memory.total --format=csv
@@ -87,6 +92,7 @@ correctness() {
     sanitize memcheck &
     sanitize racecheck &
     train files 150 files &
+    kernels 150 --turns 0 &
     wait
 }
 
@@ -95,11 +101,12 @@ timings() {
 qkv = torch.randn(16, 261, 3, 20, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 sae.attention(qkv, sae.rope_tables(16, 16, device="cuda"), 5).sum().backward()
 torch.cuda.synchronize()'
-    ops ceilings 20 ceilings
+    ops ceilings 40 ceilings
     ops attention 60 attention
     train step 75 step --steps 60
     train parts 75 parts kernels --rounds 5
     ops ops 60 gaussian mse norm
+    kernels 200
     train candidates 180 candidates --rounds 3 --steps 15
     step ncu 40 ncu --clock-control none --set detailed --launch-count 3 \
         --kernel-name 'regex:^(forward|backward_q|backward_kv)_kernel' "$python" -c "$attention"

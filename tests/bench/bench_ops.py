@@ -1,7 +1,7 @@
 """The ops and the encoder against the same computation of others, side by side in one run.
 
     python tests/bench/bench_ops.py [ceilings] [attention] [gaussian] [mse] [norm] [encoder]
-                                    [--device cpu|cuda] [--rounds 11] [--compile] [--json FILE]
+                                    [--device cpu|cuda] [--rounds 11] [--compile] [--ours] [--json FILE]
 
 Competitors take turns, round by round, and the table holds medians: a shared machine slows all of them alike.
 "ratio" is a competitor's time over ours; what ours moves is given as a share of the bandwidth of a copy in
@@ -36,6 +36,7 @@ import sae                                                                      
 torch._functorch.config.donated_buffer = False
 torch._dynamo.config.fail_on_recompile_limit_hit = True       # not silently eager
 RESULTS = []
+OURS = False                                                  # --ours
 
 
 def cases(shapes, device, compiled):
@@ -73,6 +74,8 @@ def time_cuda(f, sets):
 
 def compare(title, device, rounds, sets, competitors, note=None):
     """Times competitors {name: f(buffers)}, ours first, on each of `sets` in turn; prints medians in ms."""
+    if OURS:
+        competitors = {n: f for n, f in competitors.items() if n == "ours" or n.startswith("copy")}
     for name, f in list(competitors.items()):                 # warm up, compile
         try:
             for s in sets[:2]:
@@ -444,8 +447,10 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--compile", action="store_true", help="torch.compile'd competitors too")
+    parser.add_argument("--ours", action="store_true", help="no competitors but a copy")
     parser.add_argument("--json", help="append the medians to this file")
     args = parser.parse_args()
+    OURS = args.ours
     if unknown := set(args.what) - set(BENCHES):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}: choose of {', '.join(BENCHES)}")
     if args.device == "cuda":
