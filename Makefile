@@ -1,6 +1,7 @@
 # make setup   .venv with torch, this package and, where there is a compiler, its kernels
 # make demo    the same, then train and evaluate the miniature: minutes
-# make miniature   the whole ablation on drawn images, three seeds: hours; it goes on where it was interrupted
+# make miniature   the whole ablation on drawn images, three seeds, and small DiTs on its latents: hours; it
+#                  goes on where it was interrupted
 # make test    the same with the test oracles, then the tests; PYTEST="-m slow" or PYTEST=tests/test_sae.py
 #              choose others
 # PYTHON=python3.12 chooses the interpreter of a new .venv. Stamps in .venv let a second run start at once.
@@ -20,6 +21,7 @@ demo: .venv/setup.stamp
 
 miniature: .venv/setup.stamp
 	.venv/bin/python tests/miniature.py --rows all --seeds 0 1 2 --out .miniature
+	.venv/bin/python tests/generation.py --runs .miniature
 
 test: .venv/test.stamp
 	.venv/bin/python -m pytest $(PYTEST)

@@ -60,8 +60,8 @@ DEMO = ("Freeze", "reg 100", "E2E")
 LOOK_FOR = """
 What to look for, after as many steps as by default:
   Freeze:  the frozen encoder tells the decoder the shape and its place, and hardly any colour.
-  reg 100: sharper outlines, and the colours of the grounds come back; the probe falls by two points.
-  E2E:     the colours of the shapes come back, too, and the probe collapses: the semantics are gone."""
+  reg 100: the colours of shapes and grounds come back, not yet their textures; the probe falls by a point.
+  E2E:     the outlines are the best, and the probe collapses: the semantics are gone."""
 PAPER = {                                       # probe %, PSNR on ImageNet 256
     "Freeze": (88.4, 19.39), "reg 500": (87.0, 29.74), "reg 200": (86.1, 32.21), "reg 100": (81.9, 33.84),
     "E2E": (12.4, 41.35), "VAE": (8.0, 25.29),
