@@ -4,8 +4,8 @@
     python eval.py a.pt b.pt --generate image.png                    # is a low latent loss a good image?
     python eval.py a.pt b.pt --generate train --data val --encoder dinov3.safetensors     # and its samples?
 
-Letters: B batch, C channels and h w positions of a latent; for the DiT a latent is N = h w tokens of n = C
-channels, and d is its width.
+Letters: M images, B of a batch, C channels and h w positions of a latent; for the DiT a latent is N = h w
+tokens of n = C channels, and d is its width.
 """
 import copy
 import json
@@ -65,7 +65,7 @@ def run(args, device):
 def encode_folder(model, args):
     """Latents of the images of --encode in the folder --out, as LightningDiT's ImgLatentDataset reads them.
 
-    latents-00000.safetensors .. hold `latents` [n,C,h,w] fp16, `labels` [n] and, in the metadata, the files'
+    latents-00000.safetensors .. hold `latents` [M,C,h,w] fp16, `labels` [M] and, in the metadata, the files'
     names; with --flip also `latents_flip` of the mirrored images, for which that loader asks at every second
     item. latents_stats.pt holds `mean` and `std` [1,C,1,1] of `latents`, by which the loader normalises.
     A shard that is there, made by the same weights from the same images and crop, is not made again. Each
@@ -73,17 +73,17 @@ def encode_folder(model, args):
     """
     folder, stats = ImageFolder(args.encode, option="--encode"), args.out / "latents_stats.pt"
     check_output(stats, folder)
-    crops, n = Crops(args.size, folder), len(folder)
+    crops, M = Crops(args.size, folder), len(folder)
     names = [str(Path(file).relative_to(args.encode)) for file in folder.files]
     images = [(name, *identity(file)[1:]) for name, file in zip(names, folder.files)]
     key = digest(model.identity or model.name, args.size, args.sample, args.shard, args.flip, images)
-    shards = [range(n)[i:i + args.shard] for i in range(0, n, args.shard)]
+    shards = [range(M)[i:i + args.shard] for i in range(0, M, args.shard)]
     paths = [args.out / f"latents-{i:05}.safetensors" for i in range(len(shards))]
     others = sorted(set(args.out.glob("*.safetensors")) - set(paths))
     require(not others, f"{''.join(map(str, others[:1]))} is none of the {len(paths)} shards to be written, "
                         "and would be read as one: move it away, or choose another --out")
 
-    announce(model, crops, n, args)
+    announce(model, crops, M, args)
     about, sums = {"key": key, "images": str(args.encode.absolute()), "model": model.name}, 0
     for shard, path in list(zip(shards, paths))[RANK::WORLD]:
         require(not path.exists() or load_metadata(path).get("key") == key,
@@ -98,23 +98,23 @@ def encode_folder(model, args):
             z = tensors["latents"]
         sums = sums + sum(map(latent_sums, z.split(args.batch)))
 
-    mean, std = (t.float().view(1, -1, 1, 1) for t in latent_mean_std(sums, n))          # 2 x [1,C,1,1]
+    mean, std = (t.float().view(1, -1, 1, 1) for t in latent_mean_std(sums, M))          # 2 x [1,C,1,1]
     if RANK == 0:
         write(stats, lambda file: torch.save({"mean": mean, "std": std}, file))
 
 
-def announce(model, crops, n, args):
-    """Say, before hours of work, what n latents take on the disk, from the first image's."""
+def announce(model, crops, M, args):
+    """Say, before hours of work, what M latents take on the disk, from the first image's."""
     shape = encode_crops(model, crops, range(1), args, "first image")["latents"].shape[1:]
     require(len(shape) == 3, f"{model.name} has latents {list(shape)}, but --encode is for [C,h,w]")
     if RANK == 0:
-        size = 2 * n * shape.numel() * (1 + args.flip) / 1e9                             # of fp16
+        size = 2 * M * shape.numel() * (1 + args.flip) / 1e9                             # of fp16
         mirrored = ", and of the mirrored images" if args.flip else ""
-        print(f"{args.out}: {n} latents of {'x'.join(map(str, shape))}{mirrored}: {size:.3g} GB", flush=True)
+        print(f"{args.out}: {M} latents of {'x'.join(map(str, shape))}{mirrored}: {size:.3g} GB", flush=True)
 
 
 def encode_crops(model, crops, items, args, desc):
-    """A shard of the crops in the range `items`: {"latents": [n,C,h,w] fp16, "labels": [n], see --flip}."""
+    """A shard of the crops in the range `items`: {"latents": [M,C,h,w] fp16, "labels": [M], see --flip}."""
     parts = defaultdict(list)
     steps = [items[i:i + args.batch] for i in range(0, len(items), args.batch)]
     for index, images, labels in batches(crops, steps, args, desc):
@@ -151,8 +151,8 @@ def decode_files(model, args):
 
 
 def decode_shard(model, path, mean, std, args):
-    z = load_safetensors(path).get("latents")                                            # [n,C,h,w]
-    require(z is not None, f"{path} holds no tensor `latents` [n,C,h,w]")
+    z = load_safetensors(path).get("latents")                                            # [M,C,h,w]
+    require(z is not None, f"{path} holds no tensor `latents` [M,C,h,w]")
     names = json.loads(load_metadata(path).get("names", "[]"))
     names = names or [f"{path.stem}-{i:05}" for i in range(len(z))]     # samples have none: numbers
     targets = [args.out / (name if name.endswith(".png") else name + ".png") for name in names]
@@ -306,7 +306,7 @@ class Judge:
 
     @torch.no_grad()
     def look(self, images):
-        """{network: features [n,D]} of images [B,3,S,S] in [-1,1] that come in batches, rounded to uint8."""
+        """{network: features [M,D]} of images [B,3,S,S] in [-1,1] that come in batches, rounded to uint8."""
         parts = [[network(x) for network in self.networks.values()] for x in map(to_uint8, images)]
         return dict(zip(self.networks, map(torch.cat, zip(*parts))))
 
@@ -323,16 +323,16 @@ class Judge:
 
 
 def gaussian(features):
-    """(mean [D], covariance [D,D]) of features [n,D], numpy float64."""
+    """(mean [D], covariance [D,D]) of features [M,D], numpy float64."""
     moments = Moments(features.shape[1], features.device)
     moments.update(features)
     return moments.mean_cov()
 
 
 def fit_probe(features, labels):
-    """Ridge regression of one-hot labels [n] on features [n,D]: a function of features to class scores."""
+    """Ridge regression of one-hot labels [M] on features [M,D]: a function of features to class scores."""
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
-    x, y = (features - mean) / std, F.one_hot(labels).to(features)                       # y [n,classes]
+    x, y = (features - mean) / std, F.one_hot(labels).to(features)                       # y [M,classes]
     penalty = 1e-3 * len(x) * torch.eye(x.shape[1], device=x.device)
     weight = torch.linalg.solve(x.T @ x + penalty, x.T @ (y - y.mean(0)))                # [D,classes]
     return lambda f: (f - mean) / std @ weight + y.mean(0)

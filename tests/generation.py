@@ -79,6 +79,9 @@ def folder_table(found):
 
 # ------------------------------------------------------------------ one image
 
+CAPTION = "\nOne image: latent loss, L1 of the decoded image; over all images and seeds.\n\n"
+
+
 def from_images(models, args):
     """{(target, width): [{row: scores} of each image and seed]}."""
     val = ImageFolder(args.runs / "images/val").files
@@ -134,7 +137,7 @@ def main():
 
     models = {row: row_folders(row, 0, SimpleNamespace(out=args.runs))[1] for row in args.rows}
     args.out.mkdir(parents=True, exist_ok=True)
-    text = folder_table(from_folder(models, args)) + "\n" + image_table(from_images(models, args))
+    text = folder_table(from_folder(models, args)) + CAPTION + image_table(from_images(models, args))
     write(Path(f"{args.results}.md"), lambda file: file.write(text.encode()))
     print("\n" + text)
 

@@ -307,18 +307,21 @@ def read_results(results):
 
 
 def mean_and_spread(values, digits):
-    """As text: their mean, and ± their standard deviation where there are several."""
+    """As text: their mean, and ± their standard deviation where there are several; 0 where all are."""
+    if not any(values):
+        return "0"
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def table(rows):
-    """The Markdown table of `rows`, over their seeds."""
+    """The Markdown table of `rows`, over their seeds, beside the paper's probe and PSNR."""
     columns = [c for c in DIGITS if any(c in scores[0] for scores in rows.values())]
-    lines = [f"| row | seeds | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    lines = [f"| row | seeds | {' | '.join(columns)} | paper's |", "|---" * (len(columns) + 3) + "|"]
     for name, scores in rows.items():
         cells = [mean_and_spread([s[column] for s in scores], DIGITS[column]) for column in columns]
-        lines.append(f"| {name} | {len(scores)} | {' | '.join(cells)} |")
+        paper = ", ".join(map(str, PAPER.get(name, ["-"])))
+        lines.append(f"| {name} | {len(scores)} | {' | '.join(cells)} | {paper} |")
     return "\n".join(lines) + "\n"
 
 

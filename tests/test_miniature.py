@@ -87,7 +87,8 @@ def test_the_table_gives_means_and_deviations_over_the_seeds():
             "E2E": [{"probe": 40.0, "PSNR": 25.0}]}
     spread = statistics.stdev([90, 91, 95])
     assert miniature.table(rows).splitlines()[2:] == [
-        f"| Freeze | 3 | 92.0 ± {spread:.1f} | 21.00 ± 1.00 |", "| E2E | 1 | 40.0 | 25.00 |"]
+        f"| Freeze | 3 | 92.0 ± {spread:.1f} | 21.00 ± 1.00 | 88.4, 19.39 |",
+        "| E2E | 1 | 40.0 | 25.00 | 12.4, 41.35 |"]
 
 
 def test_samples_and_losses_of_small_dits_on_the_rows_are_tables_and_a_picture(world):
@@ -98,7 +99,7 @@ def test_samples_and_losses_of_small_dits_on_the_rows_are_tables_and_a_picture(w
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
-    folder, images = (root / "samples.md").read_text().split("\n\n")
+    folder, _, images = (root / "samples.md").read_text().split("\n\n")
     record = root / "out/generation/folder/1-last/metrics.jsonl"
     scores = json.loads(record.read_text().splitlines()[-1])
     assert folder.splitlines()[3].startswith(f"| E2E | {scores['class_gen']:.1f} |")
