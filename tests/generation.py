@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from miniature import ROWS, draw_rows, mean_and_spread, row_folders, run
+from miniature import ROWS, draw_rows, markdown, mean_and_spread, row_folders, run
 from PIL import Image
 
 from common import ImageFolder
@@ -69,12 +69,10 @@ def from_folder(models, args):
 def folder_table(found):
     """Class and FD of samples, beside those of reconstructions and test images: Markdown."""
     columns = {key: words for key, words in COLUMNS.items() if any(key in row for row in found.values())}
-    lines = [f"| DiT on | {' | '.join(title for title, _ in columns.values())} |",
-             "|---" * (len(columns) + 1) + "|"]
+    lines = [["DiT on", *(title for title, _ in columns.values())]]
     for row, scores in found.items():
-        cells = (f"{scores[key]:.{digits}f}" for key, (_, digits) in columns.items())
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([row, *(f"{scores[key]:.{digits}f}" for key, (_, digits) in columns.items())])
+    return markdown(lines)
 
 
 # ------------------------------------------------------------------ one image
@@ -106,15 +104,15 @@ def opposite(runs):
 def image_table(found):
     """Mean latent loss and RGB L1 of each autoencoder, a line a DiT: Markdown."""
     rows = list(next(iter(found.values()))[0])
-    lines = [f"| DiT | {' | '.join(rows)} | floor | opposite pairs, % |", "|---" * (len(rows) + 3) + "|"]
+    lines = [["DiT", *rows, "floor", "opposite pairs, %"]]
     for (target, width), runs in found.items():
         cells = []
         for row in rows:
             both = ([scores[row][key] for scores in runs] for key in ("latent_loss", "rgb_l1"))
             cells.append(", ".join(mean_and_spread(values, 3) for values in both))
         floor = runs[0][rows[0]]["floor"]
-        lines.append(f"| {target}, {width} | {' | '.join(cells)} | {floor:.2f} | {opposite(runs):.0f} |")
-    return "\n".join(lines) + "\n"
+        lines.append([f"{target}, {width}", *cells, f"{floor:.2f}", f"{opposite(runs):.0f}"])
+    return markdown(lines)
 
 
 # ------------------------------------------------------------------ the command
@@ -136,7 +134,7 @@ def main():
     args.settings = json.loads((args.runs / "settings.json").read_bytes())
 
     models = {row: row_folders(row, 0, SimpleNamespace(out=args.runs))[1] for row in args.rows}
-    args.out.mkdir(parents=True, exist_ok=True)
+    args.results.parent.mkdir(parents=True, exist_ok=True)
     text = folder_table(from_folder(models, args)) + CAPTION + image_table(from_images(models, args))
     write(Path(f"{args.results}.md"), lambda file: file.write(text.encode()))
     print("\n" + text)

@@ -314,15 +314,21 @@ def mean_and_spread(values, digits):
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
+def markdown(lines):
+    """The Markdown table of lines of cells, of which the first are its titles."""
+    rows = [f"| {' | '.join(map(str, cells))} |\n" for cells in lines]
+    return rows[0] + "|---" * len(lines[0]) + "|\n" + "".join(rows[1:])
+
+
 def table(rows):
     """The Markdown table of `rows`, over their seeds, beside the paper's probe and PSNR."""
     columns = [c for c in DIGITS if any(c in scores[0] for scores in rows.values())]
-    lines = [f"| row | seeds | {' | '.join(columns)} | paper's |", "|---" * (len(columns) + 3) + "|"]
+    lines = [["row", "seeds", *columns, "paper's"]]
     for name, scores in rows.items():
         cells = [mean_and_spread([s[column] for s in scores], DIGITS[column]) for column in columns]
         paper = ", ".join(map(str, PAPER.get(name, ["-"])))
-        lines.append(f"| {name} | {len(scores)} | {' | '.join(cells)} | {paper} |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, len(scores), *cells, paper])
+    return markdown(lines)
 
 
 def draw_figure(rows, path):

@@ -34,9 +34,13 @@ def world(tmp_path_factory):
     return words, root
 
 
+def call(script, *words):
+    command = [sys.executable, ROOT / "tests" / script, *words]
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True)
+
+
 def run(words, *rows):
-    command = [sys.executable, ROOT / "tests/miniature.py", *words, "--rows", *rows]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    done = call("miniature.py", *words, "--rows", *rows)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -59,8 +63,7 @@ def test_rows_that_are_there_are_kept_and_the_others_are_added_to_table_and_figu
 
 def test_rows_of_other_settings_are_not_mixed(world):
     words, root = world
-    command = [sys.executable, ROOT / "tests/miniature.py", *words, "--rows", "E2E", "--batch", 5]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    done = call("miniature.py", *words, "--rows", "E2E", "--batch", 5)
     assert done.returncode == 1 and "was made with another --batch: give" in done.stderr
 
 
@@ -94,9 +97,8 @@ def test_the_table_gives_means_and_deviations_over_the_seeds():
 def test_samples_and_losses_of_small_dits_on_the_rows_are_tables_and_a_picture(world):
     words, root = world
     run(words, "Freeze", "E2E")
-    command = [sys.executable, ROOT / "tests/generation.py", "--runs", root / "out", "--results",
-               root / "samples", "--rows", "Freeze", "E2E", "--steps", 2, 2, "--images", 1, "--seeds", 0]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    done = call("generation.py", "--runs", root / "out", "--results", root / "samples", "--rows", "Freeze",
+                "E2E", "--steps", 2, 2, "--images", 1, "--seeds", 0)
     assert done.returncode == 0, done.stderr
 
     folder, _, images = (root / "samples.md").read_text().split("\n\n")
