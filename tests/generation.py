@@ -122,7 +122,7 @@ def main():
     p.add_argument("--runs", type=Path, default=Path(".miniature"), help="--out of tests/miniature.py")
     p.add_argument("--rows", nargs="+", default=["Freeze", "reg 100", "E2E", "VAE"], choices=list(ROWS),
                    metavar="ROW", help="default: Freeze, reg 100, E2E, VAE")
-    p.add_argument("--steps", type=int, nargs=2, default=(3000, 200), help="of a DiT, in 1. and in 2.")
+    p.add_argument("--steps", type=int, nargs=2, default=(6000, 200), help="of a DiT, in 1. and in 2.")
     p.add_argument("--images", type=int, default=3, help="of 2.")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of 2.")
     p.add_argument("--out", type=Path, help="default RUNS/generation")

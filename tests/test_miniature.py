@@ -50,6 +50,7 @@ def test_rows_that_are_there_are_kept_and_the_others_are_added_to_table_and_figu
     first = run(words, "Freeze", "reg 100")
     assert first.count("$ python train.py") == 2 and first.count("$ python eval.py") == 2
     kept = (root / "drawn/reg-100-seed0.json").read_bytes()
+    assert str(root).encode() not in kept                   # a row can be shown to others
 
     second = run(words, "Freeze", "reg 100", "E2E")         # its stage 1 is that of Freeze
     assert second.count("$ python train.py") == 1 and "--reg 0" in second and "--resume" not in second
