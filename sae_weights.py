@@ -102,11 +102,11 @@ def load_sae(path):
         ckpt = load_checkpoint(path)
         return ckpt["config"], ckpt["ema"]
     file = Path(path, "config.json")
-    about = read_json(file) if file.exists() else {}
-    require(about.get("model_type") == "sae" and about.get("version") == EXPORT_VERSION,
+    published = read_json(file) if file.exists() else {}
+    require(published.get("model_type") == "sae" and published.get("version") == EXPORT_VERSION,
             f"{path} is no folder of SAE.save_pretrained, version {EXPORT_VERSION}: its config.json is "
             "absent or says otherwise")
-    return about.get("config"), {name: t.float() for name, t in load_tensors(path).items()}
+    return published.get("config"), {name: t.float() for name, t in load_tensors(path).items()}
 
 
 def download(name):
@@ -144,9 +144,9 @@ def export(weights, config, folder, dtype, scores):
         card = model_card(config, folder.name, weights, scores)
         write(part / "README.md", lambda file: file.write(card.encode()))
 
-        about, images = hugging_face_config(config["encoder"], encoder)
-        write_json("encoder/config.json", about)
-        write_json("encoder/preprocessor_config.json", images)
+        encoder_config, preprocessor = hugging_face_config(config["encoder"], encoder)
+        write_json("encoder/config.json", encoder_config)
+        write_json("encoder/preprocessor_config.json", preprocessor)
         save_safetensors(hugging_face_names(encoder), part / "encoder/model.safetensors", {"format": "pt"})
         os.replace(part, folder)
     finally:
@@ -246,23 +246,23 @@ TIMM_ARGUMENTS = {"depth", "in_chans", "num_classes", "global_pool", "img_size",
 
 def settings_beside(folder):
     """What config.json and preprocessor_config.json in `folder` say: fields of DINOv3Config, and "heads"."""
-    file, images_file = folder / "config.json", folder / "preprocessor_config.json"
+    file, preprocessor_file = folder / "config.json", folder / "preprocessor_config.json"
     config = read_json(file) if file.exists() else {}
-    images = read_json(images_file) if images_file.exists() else {}
+    preprocessor = read_json(preprocessor_file) if preprocessor_file.exists() else {}
     kind = config.get("model_type", config.get("architecture"))
     require(not config or "dinov3" in str(kind), f"{file} describes {kind}, not a DINOv3 ViT")
     if "architecture" in config:        # timm's: that architecture's own settings, but for model_args
-        images = config.get("pretrained_cfg") or {}
+        preprocessor = config.get("pretrained_cfg") or {}
         other = (config.get("model_args") or {}).keys() - TIMM_ARGUMENTS
         require(not other, f"{file} has model_args that are not implemented: {', '.join(sorted(other))}")
         config = {}
     for key, value in ("do_normalize", True), ("do_rescale", True), ("rescale_factor", 1 / 255):
-        require(images.get(key, value) == value,
-                f"{images_file} has {key} {images.get(key)}: only {value} is implemented")
+        require(preprocessor.get(key, value) == value,
+                f"{preprocessor_file} has {key} {preprocessor.get(key)}: only {value} is implemented")
 
     settings = {ours: config[key] for key, ours in CONFIG_KEYS.items() if key in config}
     for name in "mean", "std":
-        value = images.get(f"image_{name}", images.get(name))       # Hugging Face's name, timm's name
+        value = preprocessor.get(f"image_{name}", preprocessor.get(name))    # Hugging Face's name, timm's
         if value is not None:
             settings[name] = value
     return settings
@@ -289,11 +289,12 @@ def hugging_face_config(cfg, tensors):
               "query_bias": cfg["qkv_bias"], "key_bias": False, "value_bias": cfg["qkv_bias"],
               "dtype": str(tensors["cls_token"].dtype).removeprefix("torch."),
               **{key: ours[name] for key, name in CONFIG_KEYS.items()}}
-    images = {"image_processor_type": "DINOv3ViTImageProcessorFast",
-              "image_mean": cfg["mean"], "image_std": cfg["std"],
-              "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-              "do_resize": True, "resample": 2, "size": {"height": 256, "width": 256}}     # the paper's
-    return config, images
+    preprocessor = {"image_processor_type": "DINOv3ViTImageProcessorFast",
+                    "image_mean": cfg["mean"], "image_std": cfg["std"],
+                    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+                    # the paper's size
+                    "do_resize": True, "resample": 2, "size": {"height": 256, "width": 256}}
+    return config, preprocessor
 
 
 def config_of_dinov3(tensors, path, Config):
