@@ -121,7 +121,7 @@ photos() {
     [[ ! -e $weights/inception-fid ]] || inception=(--inception "$weights"/inception-fid/*768.safetensors)
     local miniature=("$python" tests/miniature.py --data "$data/data/caltech24/images"
         --encoder "$weights/dinov3-ti-from-deit/model.safetensors" --size 128 --batch 64 --steps 300 1000
-        --widths 256 192 96 48 24 --lr 1e-3 3e-4 --gan 1 --lpips-net squeeze
+        --widths 256 192 96 48 24 --gan 1 --lpips-net squeeze
         --lpips-weights "$weights/squeezenet1_1-lpips/squeezenet1_1_features.safetensors" "${inception[@]}")
     run Freeze 200 "${miniature[@]}" --out "$out" --rows Freeze
     # None fills a GPU: the other rows run side by side, from this stage 1, each in a folder of its own.

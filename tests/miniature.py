@@ -3,8 +3,8 @@
     python tests/miniature.py                                           # make demo: three rows, pictures
     python tests/miniature.py --rows all --seeds 0 1 2 --out .miniature         # make miniature: all of it
     python tests/miniature.py --out .photos --data photos --encoder dinov3.safetensors --size 128 \\
-        --widths 256 192 96 48 24 --steps 500 1500 --lr 1e-3 3e-4 --gan 1 --lpips-net squeeze \\
-        --lpips-weights squeezenet1_1.safetensors --rows Freeze E2E "reg 100" "reg 200" "reg 500"
+        --widths 256 192 96 48 24 --steps 500 1500 --gan 1 --lpips-net squeeze --inception inception.pth \\
+        --lpips-weights squeezenet1_1.safetensors --rows Freeze "reg 500" "reg 200" "reg 100" E2E
 
 Without --data it draws its images and trains its own teacher. A row of the table is a train.py command, which
 is printed, and its scores a JSON file in --results: a row that is there is not made again, so that hours of
