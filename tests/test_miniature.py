@@ -1,5 +1,6 @@
 """The miniature: rows are kept, the table is of their numbers, and it goes on where it was interrupted."""
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -117,3 +118,16 @@ def test_the_share_of_opposite_pairs_counts_those_that_the_two_losses_order_diff
     scores = {name: {"latent_loss": latent, "rgb_l1": rgb}
               for name, latent, rgb in (("a", 1, 3), ("b", 2, 1), ("c", 3, 2))}
     assert generation.opposite([scores]) == pytest.approx(100 * 2 / 3)      # a and b, a and c
+
+
+def test_the_tables_are_of_the_rows_that_are_kept_and_the_readmes_are_of_those_tables():
+    for name in "tradeoff", "photos":
+        assert (ROOT / f"tests/{name}.md").read_text() == miniature.table(
+            miniature.read_results(ROOT / "tests" / name))
+
+    written = "".join((ROOT / f"tests/{name}.md").read_text() for name in ("tradeoff", "photos", "generation"))
+    tables = re.findall(r"(?:^\|.*\n)+", (ROOT / "README.md").read_text(), re.MULTILINE)
+    shown = [table for table in tables if table.startswith(("| row |", "| DiT on |"))]
+    assert len(shown) == 3
+    for table in shown:
+        assert set(table.splitlines()) <= set(written.splitlines())
