@@ -489,10 +489,10 @@ def check_settings(args):
     """The options that decide numbers. Ends the program where --out or --results holds those of others."""
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "results", "rows", "seeds")}
     settings = json.loads(json.dumps(settings))         # tuples become lists, as in the files
-    own = args.out / "settings.json"
+    own, wanted = args.out / "settings.json", portable(settings)
     for file in [own] * own.exists() + sorted(args.results.glob("*.json")):
         kept = json.loads(file.read_bytes())
-        kept, wanted = portable(kept.get("settings", kept)), portable(settings)
+        kept = portable(kept.get("settings", kept))
         differ = [f"--{k.replace('_', '-')}" for k in wanted if wanted[k] != kept.get(k)]
         if differ:
             sys.exit(f"{file} was made with another {', '.join(differ)}: give what it was made with, or name "
