@@ -1,7 +1,7 @@
 // O = softmax(Q K^T / 8) V for bf16 and fp16 on tensor cores, Q and K turned by RoPE, and its backward, from
 // the packed projection [B,N,3,H,64]. Read attention_fp32.cu first: it is the same without tensor cores.
 //
-// A warp owns 32 rows in registers and streams the other side, which lies in shared memory:
+// A warp owns 16 rows in registers and streams the other side, which lies in shared memory:
 //   forward   owns queries, streams K, V     S = Q K^T, online softmax, O += P V        writes O, lse
 //   dQ        owns queries, streams K, V     P = 2^(S - lse), dS = P (dO V^T - delta),
 //                                            dQ += dS K                                 writes dQ, delta
@@ -11,23 +11,22 @@
 // qkv, O and lse, and computes P again.
 //
 // Why not a general flash attention: N is 261 = 2 * 128 + 5 at 256 x 256 pixels. Tiles of 128 do 384 x 384 of
-// work for 261 x 261. Here owned rows come in steps of 32 and streamed ones in steps of 16, which makes
-// 288 x 272, and all of a head's K and V fit in shared memory.
+// work for 261 x 261. Here rows come in steps of 16 on both sides, which makes 272 x 272, and all of a head's
+// K and V fit in shared memory.
 //
-// Grid: a block of 3 warps for every 96 rows of every (image, head): N 261 takes 3 blocks.
-// Shared memory: 272 rows of both streamed tensors, 68 KB; a longer side comes in several chunks. A
-//   multiprocessor of sm_90 has room for three such blocks, one of sm_80 for two, and one of sm_86 or sm_89,
-//   with its 100 KB, for one.
-// Registers (sm_90): forward 168, which would allow 4 blocks, but shared memory allows 3; dQ 242, dK and dV
-//   255, which allow 2.
-// Bytes at B 16, N 261, H 20: forward reads 32 and writes 11 MB (10 us at 4.3 TB/s); backward moves twice as
-//   many. RoPE and attention of eager PyTorch move three times as many.
+// Grid: a block of 6 warps for every 96 rows of every (image, head): N 261 takes 3 blocks; one warp idles.
+// Shared memory: 272 rows of both streamed tensors, 68 KB; a longer side comes in several chunks.
+// Registers (sm_90): forward 162, dQ 154, dK and dV 168: two blocks a multiprocessor, 12 warps. One of sm_80
+//   has room for two as well, and one of sm_86 or sm_89, with its 100 KB of shared memory, for one.
+// A warp that owns 32 rows halves what ldmatrix reads, but only 9 and 6 of them find room: on an H100 forward
+//   took 69 us instead of 52, backward 185 instead of 153 (B 16, N 261, H 20). What limits now is the L1
+//   cache with its shared memory, busy 67 % of the time in forward and 77 % in dK and dV.
+// Bytes there: forward reads 32 and writes 11 MB (14 us at an H100's 3.0 TB/s); backward moves twice as many.
+//   RoPE and attention of eager PyTorch move three times as many.
 //
 // RoPE costs no pass over memory: Q turns in registers, where the pair (i, i + 32) sits in one lane; K turns
-// in shared memory; dQ and dK turn back before they are stored. What is streamed comes by cp.async.
-//
-// A warp owns 32 rows, not 16, so that each operand that ldmatrix reads from shared memory feeds two
-// products: reading it is otherwise the bottleneck.
+// in shared memory; dQ and dK turn back before they are stored. What is streamed comes by cp.async, the first
+// chunk while the owned rows are loaded.
 //
 // The product of tensor cores, mma.m16n8k16: D[16,8] += A[16,16] B[16,8], spread over the lanes L0 .. L31 of
 // a warp. With r = lane / 4 and c = lane % 4 a lane holds
@@ -55,22 +54,19 @@ namespace cuda {
 namespace {
 
 using u16 = uint16_t;
-constexpr int kTiles = 2;                                     // of 16 rows, owned by a warp
-constexpr int kWarps = 3, kThreads = 32 * kWarps;
-constexpr int kRowsOfBlock = 16 * kTiles * kWarps;            // 96: N 261 takes three blocks
+constexpr int kWarps = 6, kThreads = 32 * kWarps;
+constexpr int kRowsOfBlock = 16 * kWarps;                     // 96: N 261 takes three blocks
 #ifndef SAE_CHUNK_ROWS
 #define SAE_CHUNK_ROWS 272                                    // N 261 in one piece; tests take fewer
 #endif
 constexpr int kChunkRows = SAE_CHUNK_ROWS;                    // streamed rows in shared memory at a time
 static_assert(kChunkRows % 16 == 0, "");                      // a chunk's rows are rounded up to 16
 // Keys or queries that a warp takes of a chunk at a time, in forward and in backward.
-constexpr int kStep = 32, kStepBackward = 16;
+constexpr int kStep = 64, kStepBackward = 16;
 constexpr size_t kTwoTiles = 2 * kChunkRows * D * sizeof(u16);
 
-// The first of the 32 rows that this warp owns.
-__device__ inline int first_row(const Place& p) {
-  return p.tile * kRowsOfBlock + threadIdx.x / 32 * 16 * kTiles;
-}
+// The first of the 16 rows that this warp owns.
+__device__ inline int first_row(const Place& p) { return p.tile * kRowsOfBlock + threadIdx.x / 32 * 16; }
 
 // ------------------------------------------------------------------ shared memory: rows of 128 bytes
 
@@ -80,21 +76,31 @@ __device__ inline u16* cell(u16* tile, int row0, int row, int column) {
   return tile + (row0 + row) * D + ((column ^ (row & 7)) << 3);
 }
 
-// Rows first .. first + rows - 1 of src -> tile; zeros past row n.
+// Rows first .. first + rows - 1 of src -> tile; zeros past row n. A thread copies one column of every
+// kThreads / 8th row: a multiple of 8, so that `cell` moves them all alike.
 __device__ inline void load_tile(u16* tile, Rows<const u16> src, int first, int rows, int n) {
-  for (int i = threadIdx.x; i < rows * 8; i += kThreads) {
-    const int r = i / 8, t = first + r;
-    copy_async(cell(tile, 0, r, i % 8), src[t < n ? t : 0] + i % 8 * 8, t < n);
-  }
+  constexpr int kRows = kThreads / 8;                         // at a time
+  static_assert(kRows % 8 == 0, "");
+  const int c = threadIdx.x % 8;
+  int r = threadIdx.x / 8;
+  u16* to = cell(tile, 0, r, c);
+  const u16* from = src[first + r] + c * 8;
+  for (; r < rows; r += kRows, to += kRows * D, from += kRows * src.stride)
+    copy_async(to, from, first + r < n);
 }
 // The same, for `turn_tile`: a thread copies the very cells that it will turn, so it waits for its own copies
-// alone, and no barrier is needed in between.
+// alone, and no barrier is needed in between. Shared memory serves eight lanes of 16 bytes at a time; here
+// four of them share a row, and `spread` has them meet a row whose cells lie in the other 16 banks.
+__device__ inline int spread(int row) { return (row & ~7) | (row & 1) << 2 | (row & 7) >> 1; }
 __device__ inline void load_tile_of_pairs(u16* tile, Rows<const u16> src, int first, int rows, int n) {
-  for (int i = threadIdx.x; i < rows * 4; i += kThreads) {
-    const int r = i / 4, t = first + r;
-    const u16* from = src[t < n ? t : 0] + i % 4 * 8;
-    copy_async(cell(tile, 0, r, i % 4), from, t < n);
-    copy_async(cell(tile, 0, r, i % 4 + 4), from + 32, t < n);
+  constexpr int kRows = kThreads / 4;
+  const int c = threadIdx.x % 4;
+  int r = spread(threadIdx.x / 4);
+  u16 *low = cell(tile, 0, r, c), *high = cell(tile, 0, r, c + 4);
+  const u16* from = src[first + r] + c * 8;
+  for (; r < rows; r += kRows, low += kRows * D, high += kRows * D, from += kRows * src.stride) {
+    copy_async(low, from, first + r < n);
+    copy_async(high, from + 32, first + r < n);
   }
 }
 
@@ -114,16 +120,16 @@ template <class T>
 __device__ inline void turn_tile(u16* tile, int first, int rows, const Attention& a) {
   constexpr int kRows = kThreads / 4;                         // at a time
   const int c = threadIdx.x % 4;
-  int r = threadIdx.x / 4, x = first + r - a.prefix;
+  int r = spread(threadIdx.x / 4), x = first + r - a.prefix;
   int y = x > 0 ? x / a.w : 0;                                // row and column of the patch
   x -= y * a.w;
-  for (; r < rows && first + r < a.N; r += kRows, x += kRows) {
+  uint4* low = reinterpret_cast<uint4*>(cell(tile, 0, r, c));
+  uint4* high = reinterpret_cast<uint4*>(cell(tile, 0, r, c + 4));
+  for (; r < rows && first + r < a.N; r += kRows, x += kRows, low += kRows * 8, high += kRows * 8) {
     for (; x >= a.w; x -= a.w) ++y;
     if (x < 0) continue;                                      // CLS and registers have no position
     const float4* angle = reinterpret_cast<const float4*>(angles(a, y, x, c * 8));
     const float4 p = angle[0], q = angle[1], u = angle[2], v = angle[3];
-    uint4* low = reinterpret_cast<uint4*>(cell(tile, 0, r, c));
-    uint4* high = reinterpret_cast<uint4*>(cell(tile, 0, r, c + 4));
     uint4 e = *low, f = *high;
     turn_pairs<T>(e.x, f.x, make_float2(p.x, p.y), make_float2(p.z, p.w));
     turn_pairs<T>(e.y, f.y, make_float2(q.x, q.y), make_float2(q.z, q.w));
@@ -202,58 +208,44 @@ __device__ inline void store_sum(Rows<u16> dst, const Sum& s, int row0, int n, f
 
 // ------------------------------------------------------------------ products of a warp
 
-// What a product of the warp's 16 kTiles rows and 8 kColumns streamed ones gives:
-// [tile][8 columns][register].
+// What a product of the warp's 16 rows and 8 kColumns streamed ones gives: [8 columns][register].
 template <int kColumns>
-using Scores = float[kTiles][kColumns][4];
+using Scores = float[kColumns][4];
 
-// s[16 kTiles, 8 kColumns] = A X^T with X the tile's rows from row0 on.
+// s[16, 8 kColumns] = A X^T with X the tile's rows from row0 on.
 // B[k][n] = X[n][k]: a lane wants two neighbours of a row of X, which ldmatrix gives.
 template <class T, int kColumns>
-__device__ inline void product_transposed(Scores<kColumns>& s, const Operand (&a)[kTiles], u16* tile,
-                                          int row0) {
+__device__ inline void product_transposed(Scores<kColumns>& s, const Operand& a, u16* tile, int row0) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) {
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) s[t][j][0] = s[t][j][1] = s[t][j][2] = s[t][j][3] = 0.f;
+    s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.f;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t b[4];                                          // the B of two steps of k
       ldmatrix(b, cell(tile, row0 + j * 8, lane % 8, half * 4 + lane / 8));
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        mma<T>(s[t][j], a[t].v[2 * half], b[0], b[1]);
-        mma<T>(s[t][j], a[t].v[2 * half + 1], b[2], b[3]);
-      }
+      mma<T>(s[j], a.v[2 * half], b[0], b[1]);
+      mma<T>(s[j], a.v[2 * half + 1], b[2], b[3]);
     }
   }
 }
 
-// sum[16 kTiles, 64] += P X, P[16 kTiles, 8 kColumns]. P is packed from D to A, lane by lane.
+// sum[16, 64] += P X, P[16, 8 kColumns]. P is packed from D to A, lane by lane.
 // B[k][n] = X[k][n]: a lane wants two neighbours of a column of X, so ldmatrix transposes.
 template <class T, int kColumns>
-__device__ inline void product_add(Sum (&sum)[kTiles], const Scores<kColumns>& p, u16* tile, int row0) {
+__device__ inline void product_add(Sum& sum, const Scores<kColumns>& p, u16* tile, int row0) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int k = 0; k < kColumns / 2; ++k) {
-    uint32_t a[kTiles][4];
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      a[t][0] = pack<T>(p[t][2 * k][0], p[t][2 * k][1]);
-      a[t][1] = pack<T>(p[t][2 * k][2], p[t][2 * k][3]);
-      a[t][2] = pack<T>(p[t][2 * k + 1][0], p[t][2 * k + 1][1]);
-      a[t][3] = pack<T>(p[t][2 * k + 1][2], p[t][2 * k + 1][3]);
-    }
+    const float(&left)[4] = p[2 * k], (&right)[4] = p[2 * k + 1];
+    const uint32_t a[4] = {pack<T>(left[0], left[1]), pack<T>(left[2], left[3]),
+                           pack<T>(right[0], right[1]), pack<T>(right[2], right[3])};
 #pragma unroll
     for (int d = 0; d < 4; ++d) {
       uint32_t b[4];                                          // the B of two products side by side
       ldmatrix_trans(b, cell(tile, row0 + k * 16, lane % 16, d * 2 + lane / 16));
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        mma<T>(sum[t].v[2 * d], a[t], b[0], b[1]);
-        mma<T>(sum[t].v[2 * d + 1], a[t], b[2], b[3]);
-      }
+      mma<T>(sum.v[2 * d], a, b[0], b[1]);
+      mma<T>(sum.v[2 * d + 1], a, b[2], b[3]);
     }
   }
 }
@@ -264,12 +256,10 @@ __device__ inline void mask(Scores<kColumns>& s, int column0, int left, float va
   if (column0 + 8 * kColumns <= left) return;
   const int column = column0 + threadIdx.x % 4 * 2;
 #pragma unroll
-  for (int t = 0; t < kTiles; ++t)
+  for (int j = 0; j < kColumns; ++j)
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (column + j * 8 + (i & 1) >= left) s[t][j][i] = value;
+    for (int i = 0; i < 4; ++i)
+      if (column + j * 8 + (i & 1) >= left) s[j][i] = value;
 }
 
 // ------------------------------------------------------------------ forward
@@ -277,113 +267,104 @@ __device__ inline void mask(Scores<kColumns>& s, int column0, int left, float va
 // In the formulas of this file S and m are in base 2. In the code s and m are raw dot products: kScoreScale
 // multiplies them where exp2 or lse takes them, in backward too.
 
-// Of the 32 rows: the output so far, and of each row its reference score m and the sum l of 2^(s - m).
+// Of the 16 rows: the output so far, and of each row its reference score m and the sum l of 2^(s - m).
 template <class T>
 struct Softmax {
-  Sum o[kTiles];
-  float m[kTiles][2], l[kTiles][2];
+  Sum o;
+  float m[2], l[2];                                           // of two rows, 8 apart
 
   // m follows the maxima only when that of some row has grown by more than kSlack (2^8 is harmless in P and
   // in the sum), so the output is seldom rescaled: at N 261 about once.
   static constexpr float kSlack = 8.f / kScoreScale;
 
   __device__ inline void reset() {
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      o[t] = Sum{};
-      m[t][0] = m[t][1] = -INFINITY;
-      l[t][0] = l[t][1] = 0.f;
-    }
+    o = Sum{};
+    m[0] = m[1] = -INFINITY;
+    l[0] = l[1] = 0.f;
   }
 
   // 8 kColumns keys, the rows from k0 on of the tiles:
   //   S = Q K^T, -infinity past the last key
-  //   if any of the warp's 32 rows has its maximum above its m + slack, then in every row
+  //   if any of the warp's 16 rows has its maximum above its m + slack, then in every row
   //     next = max(m, maximum);  l and o shrink by 2^(m - next);  m = next
   //   P = 2^(S - m);  l += a lane's share of rowsum P;  o += P V
   template <int kColumns>
-  __device__ inline void step(const Operand (&q)[kTiles], u16* ks, u16* vs, int k0, int left) {
+  __device__ inline void step(const Operand& q, u16* ks, u16* vs, int k0, int left) {
     Scores<kColumns> s;
     product_transposed<T, kColumns>(s, q, ks, k0);
     mask<kColumns>(s, k0, left, -INFINITY);
     follow_maximum<kColumns>(s);
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t)
+    for (int half = 0; half < 2; ++half) {
+      const float shift = m[half] == -INFINITY ? 0.f : m[half] * kScoreScale;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float shift = m[t][half] == -INFINITY ? 0.f : m[t][half] * kScoreScale;
+      for (int j = 0; j < kColumns; ++j)
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j)
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            s[t][j][i] = fast_exp2(s[t][j][i] * kScoreScale - shift);
-            l[t][half] += s[t][j][i];
-          }
-      }
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          s[j][i] = fast_exp2(s[j][i] * kScoreScale - shift);
+          l[half] += s[j][i];
+        }
+    }
     product_add<T, kColumns>(o, s, vs, k0);
   }
 
+  // A lane compares what it holds of a row; the row's four lanes meet only when m moves.
   template <int kColumns>
   __device__ inline void follow_maximum(const Scores<kColumns>& s) {
-    float top[kTiles][2];
+    float top[2];
     bool grown = false;
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t)
+    for (int half = 0; half < 2; ++half) {
+      float x = s[0][2 * half];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float x = s[t][0][2 * half];
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) x = fmaxf(x, fmaxf(s[t][j][2 * half], s[t][j][2 * half + 1]));
-        top[t][half] = quad_max(x);
-        grown |= top[t][half] > m[t][half] + kSlack;
-      }
+      for (int j = 0; j < kColumns; ++j) x = fmaxf(x, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
+      top[half] = x;
+      grown |= x > m[half] + kSlack;
+    }
     if (!__any_sync(~0u, grown)) return;
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t)
+    for (int half = 0; half < 2; ++half) {
+      const float next = fmaxf(m[half], quad_max(top[half]));
+      const float shrink = m[half] == next ? 1.f : fast_exp2((m[half] - next) * kScoreScale);
+      m[half] = next;
+      l[half] *= shrink;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float next = fmaxf(m[t][half], top[t][half]);
-        const float shrink = m[t][half] == next ? 1.f : fast_exp2((m[t][half] - next) * kScoreScale);
-        m[t][half] = next;
-        l[t][half] *= shrink;
-#pragma unroll
-        for (int d = 0; d < 8; ++d) {
-          o[t].v[d][2 * half] *= shrink;
-          o[t].v[d][2 * half + 1] *= shrink;
-        }
+      for (int d = 0; d < 8; ++d) {
+        o.v[d][2 * half] *= shrink;
+        o.v[d][2 * half + 1] *= shrink;
       }
+    }
   }
 };
 
-// A warp owns 32 queries:
-//   Q -> registers, turned
+// A warp owns 16 queries:
 //   for each chunk of 272 keys:
 //     K, V -> shared memory, by the whole block; K turned there
-//     for each 32 keys of it: Softmax::step
+//     the first time, while they are under way: Q -> registers, turned
+//     for each 64 keys of it: Softmax::step
 //   l = sum of the shares of the row's four lanes
 //   O = o / l;  lse = m + log2 l
 template <class T>
-__global__ void __launch_bounds__(kThreads, 3) forward_kernel(const Attention a) {
+__global__ void __launch_bounds__(kThreads, 2) forward_kernel(const Attention a) {
   u16* ks = shared_memory<u16>();
   u16* vs = ks + kChunkRows * D;
   const Place p = place(a, kRowsOfBlock);
   const u16* qkv = static_cast<const u16*>(a.qkv);
   const int lane = threadIdx.x % 32, row0 = first_row(p);
 
-  Operand q[kTiles];
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-    load_operand(q[t], qkv_rows(qkv, a, p, 0), row0 + t * 16, a.N);
-    turn_operand<T>(q[t], row0 + t * 16, a);
-  }
+  Operand q;
   Softmax<T> softmax;
   softmax.reset();
 
   for (int base = 0; base < a.N; base += kChunkRows) {
     const int left = a.N - base < kChunkRows ? a.N - base : kChunkRows, rows = (left + 15) / 16 * 16;
     if (base) __syncthreads();                                // the last chunk is still being read
-    load_tile(vs, qkv_rows(qkv, a, p, 2), base, rows, a.N);
     load_tile_of_pairs(ks, qkv_rows(qkv, a, p, 1), base, rows, a.N);
+    load_tile(vs, qkv_rows(qkv, a, p, 2), base, rows, a.N);
+    if (!base) {
+      load_operand(q, qkv_rows(qkv, a, p, 0), row0, a.N);
+      turn_operand<T>(q, row0, a);
+    }
     copy_async_wait();
     turn_tile<T>(ks, base, rows, a);
     __syncthreads();
@@ -391,23 +372,19 @@ __global__ void __launch_bounds__(kThreads, 3) forward_kernel(const Attention a)
     if (row0 >= a.N) continue;                                // not return: the barriers need every warp
     int k0 = 0;
     for (; k0 + kStep <= rows; k0 += kStep) softmax.template step<kStep / 8>(q, ks, vs, k0, left);
-    if (k0 < rows) softmax.template step<2>(q, ks, vs, k0, left);
+    for (; k0 < rows; k0 += 16) softmax.template step<2>(q, ks, vs, k0, left);
   }
 
   if (row0 >= a.N) return;
-  const Rows<u16> out = out_rows(static_cast<u16*>(a.out), a, p);
+  const float(&m)[2] = softmax.m;
+  float(&l)[2] = softmax.l;
 #pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-    const float(&m)[2] = softmax.m[t];
-    float(&l)[2] = softmax.l[t];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      l[half] = quad_sum(l[half]);
-      const int r = row0 + t * 16 + lane / 4 + half * 8;
-      if (lane % 4 == 0 && r < a.N) a.lse[stat_row(a, p) + r] = m[half] * kScoreScale + log2f(l[half]);
-    }
-    store_sum<T>(out, softmax.o[t], row0 + t * 16, a.N, 1.f / l[0], 1.f / l[1]);
+  for (int half = 0; half < 2; ++half) {
+    l[half] = quad_sum(l[half]);
+    const int r = row0 + lane / 4 + half * 8;
+    if (lane % 4 == 0 && r < a.N) a.lse[stat_row(a, p) + r] = m[half] * kScoreScale + log2f(l[half]);
   }
+  store_sum<T>(out_rows(static_cast<u16*>(a.out), a, p), softmax.o, row0, a.N, 1.f / l[0], 1.f / l[1]);
 }
 
 // ------------------------------------------------------------------ backward
@@ -415,30 +392,28 @@ __global__ void __launch_bounds__(kThreads, 3) forward_kernel(const Attention a)
 // 8 kColumns keys, the rows from k0 on of the tiles:
 //   P = 2^(Q K^T - lse);  dP = dO V^T;  dS = P (dP - delta), 0 past the last key;  dQ += dS K
 template <class T, int kColumns>
-__device__ inline void step_q(Sum (&dq)[kTiles], const Operand (&q)[kTiles], const Operand (&g)[kTiles],
-                              const float (&lse)[kTiles][2], const float (&delta)[kTiles][2], u16* ks,
-                              u16* vs, int k0, int left) {
+__device__ inline void step_q(Sum& dq, const Operand& q, const Operand& g, const float (&lse)[2],
+                              const float (&delta)[2], u16* ks, u16* vs, int k0, int left) {
   Scores<kColumns> s, dp;
   product_transposed<T, kColumns>(s, q, ks, k0);
   product_transposed<T, kColumns>(dp, g, vs, k0);
 #pragma unroll
-  for (int t = 0; t < kTiles; ++t)
+  for (int j = 0; j < kColumns; ++j)
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float weight = fast_exp2(s[t][j][i] * kScoreScale - lse[t][i >> 1]);
-        s[t][j][i] = weight * (dp[t][j][i] - delta[t][i >> 1]);
-      }
+    for (int i = 0; i < 4; ++i) {
+      const float weight = fast_exp2(s[j][i] * kScoreScale - lse[i >> 1]);
+      s[j][i] = weight * (dp[j][i] - delta[i >> 1]);
+    }
   mask<kColumns>(s, k0, left, 0.f);
   product_add<T, kColumns>(dq, s, ks, k0);
 }
 
-// A warp owns 32 queries:
-//   dO, O -> registers; delta = rowsum(dO O), written for the other kernel
-//   Q -> registers, turned
+// A warp owns 16 queries:
 //   for each chunk of 272 keys:
 //     K, V -> shared memory, by the whole block; K turned there
+//     the first time, while they are under way:
+//       dO, O -> registers; delta = rowsum(dO O), written for the other kernel
+//       Q -> registers, turned
 //     for each 16 keys of it: step_q
 //   dQ = dQ / 8, turned back
 template <class T>
@@ -449,39 +424,37 @@ __global__ void __launch_bounds__(kThreads, 2) backward_q_kernel(const Attention
   const u16* qkv = static_cast<const u16*>(a.qkv);
   const int lane = threadIdx.x % 32, row0 = first_row(p);
 
-  Operand q[kTiles], g[kTiles];
-  Sum dq[kTiles];
-  float lse[kTiles][2], delta[kTiles][2];
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-    load_operand(g[t], out_rows(static_cast<const u16*>(a.dout), a, p), row0 + t * 16, a.N);
-    Operand& o = q[t];                                        // O first, in the registers that Q will have
-    load_operand(o, out_rows(static_cast<const u16*>(a.out), a, p), row0 + t * 16, a.N);
-    delta[t][0] = delta[t][1] = 0.f;
+  Operand q, g;
+  Sum dq = Sum{};
+  float lse[2], delta[2];
+  const auto load_owned = [&] {
+    load_operand(g, out_rows(static_cast<const u16*>(a.dout), a, p), row0, a.N);
+    load_operand(q, out_rows(static_cast<const u16*>(a.out), a, p), row0, a.N);       // O first
+    delta[0] = delta[1] = 0.f;
 #pragma unroll
     for (int k = 0; k < 4; ++k)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 x = unpack<T>(g[t].v[k][i]), y = unpack<T>(o.v[k][i]);
-        delta[t][i & 1] += x.x * y.x + x.y * y.y;
+        const float2 x = unpack<T>(g.v[k][i]), y = unpack<T>(q.v[k][i]);
+        delta[i & 1] += x.x * y.x + x.y * y.y;
       }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      delta[t][half] = quad_sum(delta[t][half]);
-      const int r = row0 + t * 16 + lane / 4 + half * 8;
-      lse[t][half] = r < a.N ? a.lse[stat_row(a, p) + r] : 0.f;
-      if (lane % 4 == 0 && r < a.N) a.delta[stat_row(a, p) + r] = delta[t][half];
+      delta[half] = quad_sum(delta[half]);
+      const int r = row0 + lane / 4 + half * 8;
+      lse[half] = r < a.N ? a.lse[stat_row(a, p) + r] : 0.f;
+      if (lane % 4 == 0 && r < a.N) a.delta[stat_row(a, p) + r] = delta[half];
     }
-    load_operand(q[t], qkv_rows(qkv, a, p, 0), row0 + t * 16, a.N);
-    turn_operand<T>(q[t], row0 + t * 16, a);
-    dq[t] = Sum{};
-  }
+    load_operand(q, qkv_rows(qkv, a, p, 0), row0, a.N);
+    turn_operand<T>(q, row0, a);
+  };
 
   for (int base = 0; base < a.N; base += kChunkRows) {
     const int left = a.N - base < kChunkRows ? a.N - base : kChunkRows, rows = (left + 15) / 16 * 16;
     if (base) __syncthreads();
-    load_tile(vs, qkv_rows(qkv, a, p, 2), base, rows, a.N);
     load_tile_of_pairs(ks, qkv_rows(qkv, a, p, 1), base, rows, a.N);
+    load_tile(vs, qkv_rows(qkv, a, p, 2), base, rows, a.N);
+    if (!base) load_owned();
     copy_async_wait();
     turn_tile<T>(ks, base, rows, a);
     __syncthreads();
@@ -492,20 +465,16 @@ __global__ void __launch_bounds__(kThreads, 2) backward_q_kernel(const Attention
   }
 
   if (row0 >= a.N) return;
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-    turn_back_sum(dq[t], row0 + t * 16, a);
-    store_sum<T>(qkv_rows(static_cast<u16*>(a.dqkv), a, p, 0), dq[t], row0 + t * 16, a.N, kScale, kScale);
-  }
+  turn_back_sum(dq, row0, a);
+  store_sum<T>(qkv_rows(static_cast<u16*>(a.dqkv), a, p, 0), dq, row0, a.N, kScale, kScale);
 }
 
 // 8 kColumns queries, the rows from q0 on of the tiles:
 //   P^T = 2^(K Q^T - lse);  dS^T = P^T (V dO^T - delta);  dV += P^T dO;  dK += dS^T Q
 // A lane's columns are queries here, so lse and delta come from shared memory by pairs.
 template <class T, int kColumns>
-__device__ inline void step_kv(Sum (&dk)[kTiles], Sum (&dv)[kTiles], const Operand (&k)[kTiles],
-                               const Operand (&v)[kTiles], const float* lse, const float* delta, u16* qs,
-                               u16* gs, int q0) {
+__device__ inline void step_kv(Sum& dk, Sum& dv, const Operand& k, const Operand& v, const float* lse,
+                               const float* delta, u16* qs, u16* gs, int q0) {
   Scores<kColumns> s, ds;
   product_transposed<T, kColumns>(s, k, qs, q0);
   product_transposed<T, kColumns>(ds, v, gs, q0);
@@ -515,21 +484,19 @@ __device__ inline void step_kv(Sum (&dk)[kTiles], Sum (&dv)[kTiles], const Opera
     const float2 l = *reinterpret_cast<const float2*>(lse + column);
     const float2 d = *reinterpret_cast<const float2*>(delta + column);
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s[t][j][i] = fast_exp2(s[t][j][i] * kScoreScale - (i & 1 ? l.y : l.x));
-        ds[t][j][i] = s[t][j][i] * (ds[t][j][i] - (i & 1 ? d.y : d.x));
-      }
+    for (int i = 0; i < 4; ++i) {
+      s[j][i] = fast_exp2(s[j][i] * kScoreScale - (i & 1 ? l.y : l.x));
+      ds[j][i] = s[j][i] * (ds[j][i] - (i & 1 ? d.y : d.x));
+    }
   }
   product_add<T, kColumns>(dv, s, gs, q0);
   product_add<T, kColumns>(dk, ds, qs, q0);
 }
 
-// A warp owns 32 keys:
-//   K, V -> registers, K turned
+// A warp owns 16 keys:
 //   for each chunk of 272 queries:
 //     Q, dO, lse, delta -> shared memory, by the whole block; Q turned there
+//     the first time, while they are under way: K, V -> registers, K turned
 //     for each 16 queries of it: step_kv
 //   dK = dK / 8, turned back
 template <class T>
@@ -542,25 +509,23 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kv_kernel(const Attentio
   const u16* qkv = static_cast<const u16*>(a.qkv);
   const int row0 = first_row(p);
 
-  Operand k[kTiles], v[kTiles];
-  Sum dk[kTiles], dv[kTiles];
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-    load_operand(k[t], qkv_rows(qkv, a, p, 1), row0 + t * 16, a.N);
-    load_operand(v[t], qkv_rows(qkv, a, p, 2), row0 + t * 16, a.N);
-    turn_operand<T>(k[t], row0 + t * 16, a);
-    dk[t] = dv[t] = Sum{};
-  }
+  Operand k, v;
+  Sum dk = Sum{}, dv = Sum{};
 
   for (int base = 0; base < a.N; base += kChunkRows) {
     const int left = a.N - base < kChunkRows ? a.N - base : kChunkRows, rows = (left + 15) / 16 * 16;
     if (base) __syncthreads();
+    load_tile_of_pairs(qs, qkv_rows(qkv, a, p, 0), base, rows, a.N);
     load_tile(gs, out_rows(static_cast<const u16*>(a.dout), a, p), base, rows, a.N);
     for (int i = threadIdx.x; i < rows; i += kThreads) {      // the padding weighs 1, times rows of zeros
       lse[i] = i < left ? a.lse[stat_row(a, p) + base + i] : 0.f;
       delta[i] = i < left ? a.delta[stat_row(a, p) + base + i] : 0.f;
     }
-    load_tile_of_pairs(qs, qkv_rows(qkv, a, p, 0), base, rows, a.N);
+    if (!base) {
+      load_operand(k, qkv_rows(qkv, a, p, 1), row0, a.N);
+      load_operand(v, qkv_rows(qkv, a, p, 2), row0, a.N);
+      turn_operand<T>(k, row0, a);
+    }
     copy_async_wait();
     turn_tile<T>(qs, base, rows, a);
     __syncthreads();
@@ -571,12 +536,9 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kv_kernel(const Attentio
   }
 
   if (row0 >= a.N) return;
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-    turn_back_sum(dk[t], row0 + t * 16, a);
-    store_sum<T>(qkv_rows(static_cast<u16*>(a.dqkv), a, p, 1), dk[t], row0 + t * 16, a.N, kScale, kScale);
-    store_sum<T>(qkv_rows(static_cast<u16*>(a.dqkv), a, p, 2), dv[t], row0 + t * 16, a.N, 1.f, 1.f);
-  }
+  turn_back_sum(dk, row0, a);
+  store_sum<T>(qkv_rows(static_cast<u16*>(a.dqkv), a, p, 1), dk, row0, a.N, kScale, kScale);
+  store_sum<T>(qkv_rows(static_cast<u16*>(a.dqkv), a, p, 2), dv, row0, a.N, 1.f, 1.f);
 }
 
 template <class T>

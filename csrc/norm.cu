@@ -16,9 +16,9 @@
 // Eager PyTorch reads x twice and the normalised tensor once, writes it and y, and keeps it for backward;
 // here backward needs x and two numbers a group.
 //
-// Grid of steps 1 and 3: up to 384 threads for 4 to 16 rows a thread (`cut`). A thread takes eight
+// Grid of steps 1 and 3: up to 320 threads for 4 to 32 rows a thread (`cut`). A thread takes eight
 // neighbouring channels of every `lanes`-th row, so its constants stay in registers and its loads are whole.
-// Registers: 80 a thread, two blocks to a multiprocessor. Shared memory: 64 bytes a thread, to join the lanes
+// Registers: 96 a thread, two blocks to a multiprocessor. Shared memory: 64 bytes a thread, to join the lanes
 // of a channel. Fast where C is a multiple of 8; otherwise a thread loads its channels one by one.
 //
 // Variance: a thread's deviations are those from its own first value, and pieces join by Chan's formula
@@ -30,12 +30,12 @@ namespace sae {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 384;                                 // two such blocks leave 80 registers a thread
+constexpr int kThreads = 320;                                 // two such blocks leave 96 registers a thread
 constexpr int kFinishThreads = 128;
 constexpr int kMaxLanes = 32;                                 // rows of a chunk at a time
-constexpr int kMinRows = 4, kMaxRows = 16;                    // of a thread
+constexpr int kMinRows = 4, kMaxRows = 32;                    // of a thread
 constexpr int64_t kWantedBlocks = 256;                        // at least, if the tensor is large enough
-constexpr int kMomentRows = 4, kForwardRows = 2;              // that a thread loads before it works on them
+constexpr int kMomentRows = 4, kForwardRows = 4;              // that a thread loads before it works on them
 constexpr int kParts = 3;                                     // numbers of a channel of a chunk in `partial`
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -217,7 +217,7 @@ SAE_INLINE Affine affine(const GroupNorm& a, const Place& p) {
           constants(a, p, [&](int i, int) { return a.bias[i]; })};
 }
 
-// Step 3 of forward. A thread, over its rows of eight channels, two rows at a time:
+// Step 3 of forward. A thread, over its rows of eight channels, four rows at a time:
 //   u = (x - mean) scale + bias;  y = u sigmoid(u)
 template <class T, bool kFast>
 __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const GroupNorm a, const Cut c) {
@@ -244,12 +244,29 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const GroupNorm a,
   }
 }
 
+// work(row, x, dy) of each row of a thread. The loads of two rows are in one block of code, with no condition
+// between them: otherwise nvcc waits for the first row before it loads the second.
+template <class T, bool kFast, class Work>
+SAE_INLINE void for_rows(const GroupNorm& a, const Cut& c, const Place& p, Work work) {
+  const auto load_row = [&](const void* tensor, int row) {
+    return load<kFast>(at<const void, const T>(tensor, a, p, row), p.n);
+  };
+  int row = p.lane;
+  for (; row + c.lanes < p.rows; row += 2 * c.lanes) {
+    const Eight x0 = load_row(a.x, row), dy0 = load_row(a.dy, row);
+    const Eight x1 = load_row(a.x, row + c.lanes), dy1 = load_row(a.dy, row + c.lanes);
+    work(row, x0, dy0);
+    work(row + c.lanes, x1, dy1);
+  }
+  if (row < p.rows) work(row, load_row(a.x, row), load_row(a.dy, row));
+}
+
 SAE_INLINE float silu_gradient(float dy, float u) {
   const float sigma = sigmoid(u);
   return dy * sigma * __fmaf_rn(u, 1.f - sigma, 1.f);
 }
 
-// Step 1 of backward. A thread, over its rows of eight channels:
+// Step 1 of backward. A thread, over its rows of eight channels, two rows at a time:
 //   u = (x - mean) scale + bias;  du = dy silu'(u);  sum += du;  product += du (x - mean)
 // Then, channel by channel, the lanes are added up: partial = sum, product.
 template <class T, bool kFast>
@@ -258,10 +275,7 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const GroupNorm a, co
   if (p.n > 0) {
     const Affine k = affine(a, p);
     Eight sum{}, product{};
-#pragma unroll 2
-    for (int row = p.lane; row < p.rows; row += c.lanes) {
-      const Eight x = load<kFast>(at<const void, const T>(a.x, a, p, row), p.n);
-      const Eight dy = load<kFast>(at<const void, const T>(a.dy, a, p, row), p.n);
+    for_rows<T, kFast>(a, c, p, [&](int, const Eight& x, const Eight& dy) {
 #pragma unroll
       for (int j = 0; j < kEach; ++j) {
         const float d = x.v[j] - k.mean.v[j];
@@ -269,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const GroupNorm a, co
         sum.v[j] += du;
         product.v[j] = __fmaf_rn(du, d, product.v[j]);
       }
-    }
+    });
     put(c, p, 0, sum);
     put(c, p, 1, product);
   }
@@ -347,7 +361,7 @@ __global__ void __launch_bounds__(kFinishThreads) parameters_kernel(const GroupN
   a.dweight[i] = static_cast<float>(dweight);
 }
 
-// Step 3 of backward. A thread, over its rows of eight channels:
+// Step 3 of backward. A thread, over its rows of eight channels, two rows at a time:
 //   u = (x - mean) scale + bias;  du = dy silu'(u);  dx = scale du - (offset + slope (x - mean))
 template <class T, bool kFast>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const GroupNorm a, const Cut c) {
@@ -357,10 +371,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const GroupNorm a
   const float* slopes = a.slope + p.sample * 2 * a.groups;
   const Eight offset = constants(a, p, [&](int, int g) { return slopes[g]; });
   const Eight slope = constants(a, p, [&](int, int g) { return slopes[a.groups + g]; });
-#pragma unroll 2
-  for (int row = p.lane; row < p.rows; row += c.lanes) {
-    const Eight x = load<kFast>(at<const void, const T>(a.x, a, p, row), p.n);
-    Eight dy = load<kFast>(at<const void, const T>(a.dy, a, p, row), p.n);
+  for_rows<T, kFast>(a, c, p, [&](int row, const Eight& x, Eight dy) {
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       const float d = x.v[j] - k.mean.v[j];
@@ -368,7 +379,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const GroupNorm a
       dy.v[j] = __fmaf_rn(k.scale.v[j], du, -__fmaf_rn(d, slope.v[j], offset.v[j]));
     }
     store<kFast>(at<void, T>(a.dx, a, p, row), dy, p.n);
-  }
+  });
 }
 
 constexpr size_t kFinishShared = kFinishThreads * sizeof(double);

@@ -19,9 +19,6 @@ import mutate
 import sae
 
 CSRC = Path(sae.__file__).resolve().parent / "csrc"
-sys.path.append(str(Path(__file__).parent / "bench"))
-import bench_kernels  # noqa: E402
-
 SPILL_BOUND = 40                                              # bytes a thread, of at most 255 registers of 4
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++: the kernels cannot be emulated")
 
@@ -70,17 +67,6 @@ def test_every_injected_bug_is_noticed_and_the_sanitizers_pass_the_unbroken_kern
         print()
         survivors = mutate.main()
     assert survivors == []
-
-
-@pytest.mark.parametrize("patch", bench_kernels.PATCHES, ids=lambda p: p.stem)
-def test_each_candidate_applies_to_csrc_and_its_kernels_match_the_same_oracles(
-        patch, module, binding, tmp_path):
-    csrc = bench_kernels.make_tree(patch, tmp_path) / "csrc"
-    changed = [name for name in mutate.SOURCES if (csrc / name).read_bytes() != (CSRC / name).read_bytes()]
-    candidate = mutate.compile_kernels(tmp_path, binding, sources=changed, csrc=csrc, base=module.parent)
-    mutate.cases(mutate.SMALL, tmp_path / "cases.npz", mutate.NORMS)
-    kinds = [kind for name in changed for kind in mutate.CASES_OF[name]]
-    assert kinds and mutate.verdict(candidate, tmp_path / "cases.npz", "plain", 0, kinds) == ""
 
 
 def load(module):

@@ -17,13 +17,11 @@ from PIL import Image, ImageOps
 
 import common
 import train
-from sae import SAE, DINOv3, DINOv3Config, SAEConfig, Upsample
+from sae import SAE, DINOv3, DINOv3Config, SAEConfig
 from sae_weights import load_safetensors, save_safetensors
 from test_common import pack
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "tests" / "bench"))
-import bench_train  # noqa: E402
 
 
 def write_images(folder, n=24, size=48, seed=0):
@@ -656,46 +654,6 @@ def test_the_command_line_prints_the_sentence_and_fails(world):
     assert done.returncode == 1
     said = done.stderr.splitlines()[-1]
     assert said == "train.py: there is no image folder nowhere: name one with --data"
-
-
-@pytest.mark.parametrize("side", [2, 3, 16])
-@pytest.mark.parametrize("form", [bench_train.nearest_then_3x3, bench_train.four_2x2])
-def test_the_other_forms_of_upsample_give_its_values_and_gradients(form, side):
-    torch.manual_seed(0)
-    layer, x = Upsample(8).double(), torch.randn(2, 8, side, side + 14, dtype=torch.double)
-    inputs = (x.requires_grad_(), *layer.parameters())
-    expected, found = layer(x), form(layer, x)
-    torch.testing.assert_close(found, expected)
-    dy = torch.randn_like(expected)
-    torch.testing.assert_close(*(torch.autograd.grad(y, inputs, dy) for y in (found, expected)))
-
-
-def test_the_explicit_softmax_is_scaled_dot_product_attention():
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 1, 16, 320, dtype=torch.double)
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    torch.testing.assert_close(bench_train.explicit_softmax(q, k, v), expected)
-
-
-@pytest.mark.parametrize("gan", [1, math.inf])
-def test_the_early_flag_changes_no_bit_of_a_run_with_and_without_skips(world, stage1, tmp_path, gan,
-                                                                       monkeypatch):
-    options = {"stage": 2, "gan": gan, "gan_start": 2}
-    run(world, tmp_path / "plain", **options)
-    setup = train.setup
-
-    def setup_with_early_flag(args):
-        made = setup(args)
-        for name, function in bench_train.early_flag(made).items():
-            monkeypatch.setattr(train, name, function)
-        return made
-
-    monkeypatch.setattr(train, "setup", setup_with_early_flag)
-    run(world, tmp_path / "early", **options)
-    states = [train.load_checkpoint(tmp_path / name / "last.pt") for name in ("plain", "early")]
-    assert states[0]["skips"] == states[1]["skips"] == (2 if gan == math.inf else 0)
-    for name in "model", "ema", "opt", "disc", "opt_disc":
-        assert equal(states[0][name], states[1][name])
 
 
 @pytest.mark.slow

@@ -25,10 +25,8 @@ sys.path.insert(0, str(ROOT))
 import torch                                                                            # noqa: E402
 import torch._functorch.config                                                          # noqa: E402
 import torch.nn.functional as F                                                         # noqa: E402
-from timm.layers import apply_rot_embed_cat                                             # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel                                  # noqa: E402
 from tqdm import tqdm                                                                   # noqa: E402
-from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb     # noqa: E402
 
 import sae                                                                              # noqa: E402
 
@@ -156,6 +154,11 @@ PREFIX = 5
 def attention_competitors(h, w, dtype, device, compiled):
     """{name: f(qkv [B,N,3,H,64]) -> [B,N,H 64]}, ours first"""
     rope = sae.rope_tables(h, w, device=device)
+    ours = {"ours": lambda x: sae.attention(x, rope, PREFIX)}
+    if OURS:
+        return ours                     # without the seconds that the packages of the others take to import
+    from timm.layers import apply_rot_embed_cat
+    from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
     table = torch.cat([rope[0][:, None].expand(h, w, 16, 2), rope[1][None].expand(h, w, 16, 2)], 2)
     table = table.flatten(0, 1).repeat(1, 2, 1)                                   # [h w,64,2]
     cos, sin = (t.contiguous() for t in table.to(dtype).unbind(-1))
@@ -187,8 +190,7 @@ def attention_competitors(h, w, dtype, device, compiled):
     def sdpa_alone(qkv):
         return merge(F.scaled_dot_product_attention(*split(qkv)))
 
-    competitors = {"ours": lambda x: sae.attention(x, rope, PREFIX),
-                   "transformers, sdpa": transformers_sdpa, "transformers, eager": transformers_eager,
+    competitors = {**ours, "transformers, sdpa": transformers_sdpa, "transformers, eager": transformers_eager,
                    "timm": timm_sdpa, "sdpa without RoPE": sdpa_alone}
     if compiled:
         competitors["transformers, sdpa, compiled"] = torch.compile(transformers_sdpa)

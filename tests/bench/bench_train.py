@@ -1,12 +1,12 @@
-"""A stage-2 training step of train.py: whole, by part, by kernel, beside others', and what might be faster.
+"""A stage-2 training step of train.py: whole, by part, by kernel, and beside others'.
 
-    python tests/bench/bench_train.py [files] [step] [scaling] [candidates] [parts] [kernels]
+    python tests/bench/bench_train.py [files] [step] [scaling] [parts] [kernels]
         [--rounds 3] [--steps N] [--compile] [--peers fp32 bf16 compiled] [--setting NAME] [--keep FOLDER]
 
-files       what the others read, and no more: for --keep
+files       what the others read, for --keep; with --compile and --peers compiled also a few steps of what is
+            compiled: torch keeps what it made of them, and later runs begin at once
 step        images/s and peak memory of train.py itself, run as a user runs it, in bf16
 scaling     step time and memory against batch, resolution and number of ranks
-candidates  what might be faster beside what stands in sae.py and train.py; each gives the same values
 parts       forward and backward of each part alone
 kernels     each part's most expensive kernels
 
@@ -34,7 +34,6 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -83,6 +82,7 @@ class Peer:
         import lpips
         from diffusers.models.autoencoders.vae import Decoder
         from transformers import DINOv3ViTConfig, DINOv3ViTModel
+        from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTLayer
         cfg, size, batch, widths, net = SETTINGS[setting]
         self.bf16, self.side = bf16, size // 16
 
@@ -104,8 +104,10 @@ class Peer:
         layout = torch.channels_last if bf16 else torch.contiguous_format
         for m in (self.student, self.teacher, self.to_latent, self.decoder, self.perceptual, self.disc):
             m.to(DEVICE, memory_format=layout)
-            if compiled:
-                m.compile()
+            # Of an encoder one block for all, as train.py does: whole, its 32 blocks take minutes.
+            blocks = [block for block in m.modules() if isinstance(block, DINOv3ViTLayer)]
+            for part in (blocks or [m]) * compiled:
+                part.compile()
         self.trained = [p for m in (self.student, self.to_latent, self.decoder) for p in m.parameters()]
         self.ema = [p.detach().clone() for p in self.trained]
         self.opt = torch.optim.AdamW(self.trained, **ADAMW)
@@ -294,15 +296,27 @@ def peak_memory(pid):
     return sum(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2 ** 20
 
 
-def bench_step(setting, folder, args):
-    _, size, batch, *_ = SETTINGS[setting]
+def step_commands(setting, folder, args):
+    """{name: f(output folder) -> command}"""
     commands = {"train.py": lambda out: train_command(setting, folder, out)}
     if args.compile:
         commands["train.py --compile"] = lambda out: train_command(setting, folder, out, compile=True)
     for name in args.peers:
         words = [sys.executable, __file__, "--peer", name, setting, str(folder)]
         commands[f"peer, {name}"] = lambda out, words=words: [*words, str(out)]
+    return commands
 
+
+def bench_files(setting, folder, args):
+    for name, command in step_commands(setting, folder, args).items():
+        if "compile" in name:
+            out = new_folder(folder)
+            measure(command(out), out, 1)
+
+
+def bench_step(setting, folder, args):
+    _, size, batch, *_ = SETTINGS[setting]
+    commands = step_commands(setting, folder, args)
     runs = {name: [] for name in commands}
     for i in range(args.rounds):
         for name, command in commands.items():
@@ -482,110 +496,8 @@ def bench_kernels(setting, folder, args):
               [(f"{getattr(k, total) / 1e3:.3f}", k.count, k.key[:90]) for k in kernels[:12]])
 
 
-# ------------------------------------------------------------------ candidates
-
-def nearest_then_3x3(self, x):
-    """In place of Upsample.forward: as it is written down, with 2.25 times the products."""
-    return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-def four_2x2(self, x):
-    """In place of Upsample.forward: a 2x2 convolution for each parity of row and column, interleaved."""
-    kernel = F.avg_pool2d(self.conv.weight, 2, 1, padding=1, divisor_override=1)         # [C,C,4,4]
-    y = [F.conv2d(F.pad(x, (1 - q, q, 1 - p, p)), kernel[:, :, p::2, q::2], self.conv.bias)
-         for p in (0, 1) for q in (0, 1)]                                                # 4 x [B,C,h,w]
-    y = torch.stack([t.permute(0, 2, 3, 1) for t in y], 3).unflatten(3, (2, 2))          # [B,h,w,2,2,C]
-    return y.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)             # [B,C,2 h,2 w]
-
-
-def explicit_softmax(q, k, v):
-    """In place of F.scaled_dot_product_attention, whose fast kernels refuse heads of more than 256."""
-    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
-
-
-def early_flag(run):
-    """In place of train.py's functions of these names: the flag of the generator's gradients is on its way to
-    the host during D's backward pass, and D's own never goes there: its optimizer reads it on the device."""
-    flag = torch.zeros((), dtype=torch.bool, pin_memory=CUDA)
-    copied, plain_loss = torch.cuda.Event() if CUDA else None, train.discriminator_loss
-
-    def broken(parameters):
-        return ~torch.isfinite(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
-
-    def discriminator_loss(real, fake):
-        flag.copy_(broken(train.trained(run.sae)), non_blocking=True)
-        if copied:
-            copied.record()
-        return plain_loss(real, fake)
-
-    def agree(run, loss):
-        run.opt_disc.found_inf = broken(run.disc.parameters()).float()
-        if copied:
-            copied.synchronize()
-        return int(flag), 0
-
-    return {"discriminator_loss": discriminator_loss, "agree": agree}
-
-
-def step_ms(run, steps):
-    """Of a step in train.py's own loop, in this process."""
-    lines = -(-steps // LOG_EVERY)
-    run.args.steps = run.step + (2 + lines) * LOG_EVERY         # the first two start the workers and warm up
-    train.train(run)
-    metrics = (run.out / "metrics.jsonl").read_text().splitlines()[-lines:]
-    return 1e3 * run.args.batch / statistics.median(json.loads(line)["images/s"] for line in metrics)
-
-
-def step_with_cudnn_benchmark(setting, folder, steps):
-    # In a process of its own: cuDNN's first choice for a shape is kept, whatever is set afterwards.
-    out = new_folder(folder)
-    program = "import torch, train; torch.backends.cudnn.benchmark = True; train.main()"
-    command = [sys.executable, "-c", program, *train_command(setting, folder, out)[2:]]
-    return 1e3 * SETTINGS[setting][2] / measure(command, out, steps)[0]
-
-
-def bench_candidates(setting, folder, args):
-    _, size, batch, *_ = SETTINGS[setting]
-    by_cudnn = step_with_cudnn_benchmark(setting, folder, args.steps)       # before ours takes the memory
-    m, x = ours(setting, folder)
-    step = functools.partial(step_ms, m.run, args.steps)
-
-    def alone(layer, channels, side):
-        z = torch.randn(batch, channels, side, side, device=DEVICE, dtype=torch.bfloat16)
-        z = z.contiguous(memory_format=torch.channels_last)
-        return functools.partial(milliseconds, both_ways(m, layer, z))
-
-    candidates, side = [], m.side               # (part, ms of it, candidate, what it changes)
-    for layer in m.decoder:
-        if isinstance(layer, sae.AttnBlock):
-            change = patch.multiple(F, scaled_dot_product_attention=explicit_softmax)
-            ms = alone(layer, layer.proj.in_channels, side)
-            candidates.append(("AttnBlock", ms, "explicit softmax", change))
-        if isinstance(layer, sae.Upsample):
-            c = layer.conv.in_channels
-            for form in nearest_then_3x3, four_2x2:
-                change = patch.multiple(sae.Upsample, forward=form)
-                part = f"Upsample {c}x{side}x{side}"
-                candidates.append((part, alone(layer, c, side), form.__name__, change))
-            side *= 2
-    candidates.append(("step", step, "flag read after D", patch.multiple(train, **early_flag(m.run))))
-    ms = functools.partial(milliseconds, part_runners(m, x)["LPIPS"])
-    compiled = patch.multiple(m, perceptual=torch.compile(m.perceptual))
-    candidates.append(("LPIPS", ms, "compiled", compiled))
-
-    def rows():
-        now = step()
-        yield "step", f"{now:.2f}", "cudnn.benchmark", f"{by_cudnn:.2f}", f"{now / by_cudnn:.2f}"
-        for part, ms, name, change in candidates:
-            now, then = in_turns(args.rounds, ms, change(ms))
-            yield part, f"{now:.2f}", name, f"{then:.2f}", f"{now / then:.2f}"
-
-    table(f"candidates, ms: {setting}, {size} px, batch {batch}",
-          ("part", "as it is", "candidate", "ms", "as it is over it"), rows())
-
-
-BENCHES = {"files": lambda *_: None, "step": bench_step, "scaling": bench_scaling,
-           "candidates": bench_candidates, "parts": bench_parts, "kernels": bench_kernels}
+BENCHES = {"files": bench_files, "step": bench_step, "scaling": bench_scaling,
+           "parts": bench_parts, "kernels": bench_kernels}
 
 
 def main():
