@@ -537,8 +537,9 @@ class AttnBlock(nn.Module):
         norm = self.norm                        # torch's function: nn.GroupNorm refuses groups of one value
         y = torch.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
         q, k, v = self.qkv(y).flatten(2).transpose(1, 2).chunk(3, -1)                # 3 x [B,h w,C]
-        y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]     # [B,h w,C]
-        return x + self.proj(y.transpose(1, 2).reshape(x.shape))                     # [B,C,h,w]
+        # Written out: the fast kernels of scaled_dot_product_attention refuse heads of more than 256.
+        weights = (q @ k.transpose(1, 2) * q.shape[2] ** -0.5).softmax(-1)           # [B,h w,h w]
+        return x + self.proj((weights @ v).transpose(1, 2).reshape(x.shape))         # [B,C,h,w]
 
 
 class Upsample(nn.Module):
@@ -576,22 +577,29 @@ def downsample(cfg):
     return nn.Sequential(*layers)
 
 
-def decoder(cfg):
+class Decoder(nn.Sequential):
     """z [B,z_dim,h,w] -> xhat [B,3,f h,f w]: a middle, then `blocks` residual blocks at each resolution."""
-    resolutions = int(math.log2(cfg.f)) + 1
-    widths = (cfg.widths[0],) * (resolutions - len(cfg.widths)) + tuple(cfg.widths)
-    c = widths[0]
-    layers = [nn.Conv2d(cfg.z_dim, c, 3, padding=1), ResBlock(c, c)]
-    if cfg.attention:
-        layers.append(AttnBlock(c))
-    layers.append(ResBlock(c, c))
-    for i, width in enumerate(widths):
-        if i:
-            layers.append(Upsample(c))
-        for _ in range(cfg.blocks):
-            layers.append(ResBlock(c, width))
-            c = width
-    return nn.Sequential(*layers, NormSiLU(c), nn.Conv2d(c, 3, 3, padding=1))
+
+    def __init__(self, cfg):
+        resolutions = int(math.log2(cfg.f)) + 1
+        widths = (cfg.widths[0],) * (resolutions - len(cfg.widths)) + tuple(cfg.widths)
+        c = widths[0]
+        layers = [nn.Conv2d(cfg.z_dim, c, 3, padding=1), ResBlock(c, c)]
+        if cfg.attention:
+            layers.append(AttnBlock(c))
+        layers.append(ResBlock(c, c))
+        for i, width in enumerate(widths):
+            if i:
+                layers.append(Upsample(c))
+            for _ in range(cfg.blocks):
+                layers.append(ResBlock(c, width))
+                c = width
+        super().__init__(*layers, NormSiLU(c), nn.Conv2d(c, 3, 3, padding=1))
+
+    def forward(self, z):
+        for layer in self:                      # as nn.Sequential's, which torch.compile of 2.11 does not enter
+            z = layer(z)
+        return z
 
 
 class SAE(nn.Module):
@@ -615,7 +623,7 @@ class SAE(nn.Module):
         # as mu; from a standard deviation of exp(-3) the decoder sees the image from the first step on.
         nn.init.zeros_(self.to_latent.weight[cfg.z_dim:])
         nn.init.constant_(self.to_latent.bias[cfg.z_dim:], -6.0)
-        self.decoder = decoder(cfg)
+        self.decoder = Decoder(cfg)
         self.register_buffer("latent_mean", torch.full((cfg.z_dim,), math.nan))
         self.register_buffer("latent_std", torch.full((cfg.z_dim,), math.nan))
 

@@ -117,11 +117,7 @@ def test_an_exported_model_needs_sae_py_and_sae_weights_py_torch_and_numpy_alone
     torch.save({"x": x, "z": z, "xhat": small.decode(z)}, tmp_path / "expected.pt")
     code = """
 import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in sys.argv[2].split():
-            raise ModuleNotFoundError(f"no {name} here", name=name)
-sys.meta_path.insert(0, Refuse())
+sys.modules.update(dict.fromkeys(sys.argv[2].split()))      # None: to import one is a ModuleNotFoundError
 
 import torch
 from sae import SAE
