@@ -103,7 +103,8 @@ def reparameterize(mu, logvar, seed, offset=0):
 
     mu, logvar [B,...] -> z [B,...], kl [B] in fp32. Element i of eps is element offset + i of the normal
     stream of `seed`, both in 0 .. 2^63-1. logvar is clamped to [-30, 20] as in LDM. CPU and GPU draw the same
-    eps, bit for bit; `philox_normal` agrees to a few ulp. Raises ValueError for a pair that does not match.
+    eps, bit for bit; `philox_normal` agrees to a few ulp. A captured CUDA graph replays the same noise: seed
+    and offset are numbers in it. Raises ValueError for a pair that does not match.
     """
     alike = mu.shape == logvar.shape and mu.dtype == logvar.dtype and mu.device == logvar.device
     if not alike or mu.dim() < 2:
@@ -597,7 +598,7 @@ class Decoder(nn.Sequential):
         super().__init__(*layers, NormSiLU(c), nn.Conv2d(c, 3, 3, padding=1))
 
     def forward(self, z):
-        for layer in self:                      # as nn.Sequential's, which torch.compile of 2.11 does not enter
+        for layer in self:                      # nn.Sequential's own is not compiled as one in torch 2.11
             z = layer(z)
         return z
 

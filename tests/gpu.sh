@@ -114,25 +114,15 @@ torch.cuda.synchronize()'
 }
 
 photos() {
-    local data=${SAE_TEST_DATA:?names no folder of photos and weights} out=$logs/photos row
-    local rows=(E2E "reg 100" "reg 200" "reg 500") weights=$data/weights own inception=()
+    local data=${SAE_TEST_DATA:?names no folder of photos and weights} out=$logs/photos
+    local weights=$data/weights inception=()
     [[ ! -e $weights/inception-fid ]] || inception=(--inception "$weights"/inception-fid/*768.safetensors)
-    local miniature=("$python" tests/miniature.py --data "$data/data/caltech24/images"
-        --encoder "$weights/dinov3-ti-from-deit/model.safetensors" --size 128 --batch 64 --steps 300 1000
-        --widths 256 192 96 48 24 --gan 1 --lpips-net squeeze
-        --lpips-weights "$weights/squeezenet1_1-lpips/squeezenet1_1_features.safetensors" "${inception[@]}")
-    run Freeze 200 "${miniature[@]}" --out "$out" --rows Freeze
-    # None fills a GPU: the other rows run side by side, from this stage 1, each in a folder of its own.
-    for row in "${rows[@]}"; do
-        own=$out/${row// /-}
-        mkdir -p "$own/seed0"
-        ln -s "$out/seed0/freeze" "$own/seed0"
-        run "${row// /-}" 350 env OMP_NUM_THREADS=4 "${miniature[@]}" --out "$own" --rows "$row" &
-    done
-    wait
-    cp "$out"/*/rows/*.json "$out/rows"
-    mv "$out"/*/seed0/freeze-* "$out/seed0"
-    run table 60 "${miniature[@]}" --out "$out" --rows Freeze "${rows[@]}"
+    # No row fills a GPU: four at a time.
+    run photos 580 "$python" tests/miniature.py --rows Freeze E2E "reg 100" "reg 200" "reg 500" --jobs 4 \
+        --out "$out" --data "$data/data/caltech24/images" --size 128 --batch 64 --steps 300 1000 \
+        --encoder "$weights/dinov3-ti-from-deit/model.safetensors" --widths 256 192 96 48 24 --gan 1 \
+        --lpips-net squeeze "${inception[@]}" \
+        --lpips-weights "$weights/squeezenet1_1-lpips/squeezenet1_1_features.safetensors"
     (cd "$out" && tar -czf "$folder/photos.tar.gz" rows ./*.md ./*.png)
 }
 

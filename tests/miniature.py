@@ -11,6 +11,7 @@ is printed, and its scores a JSON file in --results: a row that is there is not 
 work can be interrupted, and go on. Beside the folder --results lie its table as .md and its figure as .png.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,10 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -199,11 +203,29 @@ def train_teacher(masks, labels, textures, path, steps):
 
 # ------------------------------------------------------------------ training and scoring a row
 
+JOB = threading.local()         # JOB.number of the threads that `side_by_side` starts
+
+
 def run(*command):
+    """A command of this project, with this job's share of the cores and a progress bar on its own line."""
     print("\n$ " + shlex.join(["python", *command]), flush=True)
     start = time.time()
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()),
+           "TQDM_POSITION": str(getattr(JOB, "number", 0))}
+    subprocess.run([sys.executable, *command], cwd=ROOT, env=env, check=True)
     print(f"({time.time() - start:.0f} s)", flush=True)
+
+
+def side_by_side(jobs, calls):
+    """Make `calls`, so many at a time. After one that fails no other begins; its error is raised."""
+    numbers = itertools.count()
+    with ThreadPoolExecutor(jobs, initializer=lambda: setattr(JOB, "number", next(numbers))) as pool:
+        try:
+            for done in as_completed([pool.submit(call) for call in calls]):
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def train(folder, stage, args, paths, encoder, *options):
@@ -228,19 +250,25 @@ def row_folders(name, seed, args):
     return first, first if reg is None else first.with_name(f"{first.name}-reg{reg}")
 
 
-def train_row(name, seed, args, paths):
-    """The folder of the finished run of a row."""
-    (stage1, reg), (first, second) = ROWS[name], row_folders(name, seed, args)
+def train_stage1(name, seed, args, paths):
+    (stage1, _), (first, _) = ROWS[name], row_folders(name, seed, args)
     stage1 = [str(paths["width"] // 4) if option == "QUARTER" else option for option in stage1]
-    encoder = paths["random" if name == "VAE" else "encoder"]
-    if not (first / "done").exists():           # so that one stage 1 serves many rows
-        train(first, "1", args, paths, encoder, "--blocks", "1", "--widths", *args.widths,
-              "--steps", args.steps[0], "--seed", str(seed), *stage1)
+    if not (first / "done").exists():
+        train(first, "1", args, paths, paths["random" if name == "VAE" else "encoder"], "--blocks", "1",
+              "--widths", *args.widths, "--steps", args.steps[0], "--seed", str(seed), *stage1)
         (first / "done").touch()
+
+
+def make_row(name, seed, result, args, paths):
+    """Stage 2, unless the row has none, and its scores -> the JSON file `result`."""
+    (_, reg), (first, folder) = ROWS[name], row_folders(name, seed, args)
     if reg is not None:
-        train(second, "2", args, paths, encoder, "--reg", reg, "--init", str(first / "last.pt"),
-              "--steps", args.steps[1], "--encoder-lr", args.lr[1], "--seed", str(seed))
-    return second
+        train(folder, "2", args, paths, paths["random" if name == "VAE" else "encoder"], "--reg", reg,
+              "--init", str(first / "last.pt"), "--steps", args.steps[1], "--encoder-lr", args.lr[1],
+              "--seed", str(seed))
+    row = {"row": name, "seed": seed, "scores": score_row(folder, args, paths),
+           "settings": portable(args.settings), "torch": torch.__version__}
+    write(result, lambda file: file.write(json.dumps(row, indent=1).encode() + b"\n"))
 
 
 def score_row(folder, args, paths):
@@ -440,6 +468,7 @@ def options():
     p.add_argument("--precision", choices=("fp32", "bf16"),
                    help="of training; default: train.py's. bf16 is twice as fast on a CPU with AMX")
     p.add_argument("--gan", default="0", help="weight of the GAN term")
+    p.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the cores")
     p.add_argument("--lpips-net", default="vgg")
     p.add_argument("--lpips-weights", help="torchvision's trunk; without it the LPIPS term is off")
     p.add_argument("--inception", help="FID's Inception; without it there is no FID")
@@ -487,7 +516,7 @@ def portable(settings):
 
 def check_settings(args):
     """The options that decide numbers. Ends the program where --out or --results holds those of others."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "results", "rows", "seeds")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "results", "rows", "seeds", "jobs")}
     settings = json.loads(json.dumps(settings))         # tuples become lists, as in the files
     own, wanted = args.out / "settings.json", portable(settings)
     for file in [own] * own.exists() + sorted(args.results.glob("*.json")):
@@ -505,17 +534,21 @@ def main():
     args, start, paths = options(), time.time(), None
     for folder in args.out, args.results:
         folder.mkdir(parents=True, exist_ok=True)
-    settings = check_settings(args)
-    for seed in args.seeds:
-        for name in args.rows:
-            result = args.results / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-seed{seed}.json"
-            if result.exists() or name in BREAKS and seed != args.seeds[0]:
-                continue
-            paths = paths or prepare(args)
-            folder = train_row(name, seed, args, paths)
-            row = {"row": name, "seed": seed, "scores": score_row(folder, args, paths),
-                   "settings": portable(settings), "torch": torch.__version__}
-            write(result, lambda file: file.write(json.dumps(row, indent=1).encode() + b"\n"))
+    args.settings = check_settings(args)
+    wanted = {}                                 # (row, seed): its JSON, which is not there yet
+    for seed, name in itertools.product(args.seeds, args.rows):
+        result = args.results / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-seed{seed}.json"
+        if not result.exists() and not (name in BREAKS and seed != args.seeds[0]):
+            wanted[name, seed] = result
+
+    if wanted:
+        paths = prepare(args)
+        # Two runs with a thread each end sooner than one after the other with two.
+        torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
+        first = {row_folders(*row, args)[0]: row for row in wanted}         # one stage 1 serves many rows
+        side_by_side(args.jobs, [partial(train_stage1, *row, args, paths) for row in first.values()])
+        side_by_side(args.jobs, [partial(make_row, *row, result, args, paths)
+                                 for row, result in wanted.items()])
 
     rows = read_results(args.results)
     write(Path(f"{args.results}.md"), lambda file: file.write(table(rows).encode()))

@@ -65,6 +65,7 @@ def test_rows_that_are_there_are_kept_and_the_others_are_added_to_table_and_figu
 
 def test_rows_of_other_settings_are_not_mixed(world):
     words, root = world
+    run(words, "Freeze")
     done = call("miniature.py", *words, "--rows", "E2E", "--batch", 5)
     assert done.returncode == 1 and "was made with another --batch: give" in done.stderr
 
@@ -128,6 +129,6 @@ def test_the_tables_are_of_the_rows_that_are_kept_and_the_readmes_are_of_those_t
     written = "".join((ROOT / f"tests/{name}.md").read_text() for name in ("tradeoff", "photos", "generation"))
     tables = re.findall(r"(?:^\|.*\n)+", (ROOT / "README.md").read_text(), re.MULTILINE)
     shown = [table for table in tables if table.startswith(("| row |", "| DiT on |"))]
-    assert len(shown) == 3
+    assert len(shown) == 2
     for table in shown:
         assert set(table.splitlines()) <= set(written.splitlines())
