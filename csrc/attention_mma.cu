@@ -19,8 +19,9 @@
 // Registers (sm_90): forward 162, dQ 154, dK and dV 168: two blocks a multiprocessor, 12 warps. One of sm_80
 //   has room for two as well, and one of sm_86 or sm_89, with its 100 KB of shared memory, for one.
 // A warp that owns 32 rows halves what ldmatrix reads, but only 9 and 6 of them find room: on an H100 forward
-//   took 69 us instead of 52, backward 185 instead of 153 (B 16, N 261, H 20). What limits now is the L1
-//   cache with its shared memory, busy 67 % of the time in forward and 77 % in dK and dV.
+//   took 69 us instead of 59, backward 185 instead of 154 (B 16, N 261, H 20); what `load_tile` and
+//   follow_maximum save brought forward to 52. What limits now is the L1 cache with its shared memory, busy
+//   67 % of the time in forward and 77 % in dK and dV.
 // Bytes there: forward reads 32 and writes 11 MB (14 us at an H100's 3.0 TB/s); backward moves twice as many.
 //   RoPE and attention of eager PyTorch move three times as many.
 //
