@@ -9,8 +9,7 @@
 # A part writes FOLDER/PART.txt, photos also photos.tar.gz with its rows, table, figure and picture. A step
 # that fails or takes too long does not stop the others; exit status 1 if there was one.
 #
-#   PYTHON=.venv/bin/python     the interpreter; it needs lpips and pytest, timm and transformers for timings,
-#                               diffusers for the step peers
+#   PYTHON=.venv/bin/python     the interpreter, with the extra `test`
 #   LIMIT=300                   seconds for the whole part instead of 590
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -19,7 +18,7 @@ PATH=$PATH:/usr/local/cuda/bin:$(printf '%s:' /opt/nvidia/nsight-compute/*)
 python=${PYTHON:-python3}
 part=${1:-} chosen=" ${*:3} "
 all="ops ncu step parts"
-[[ " correctness timings photos " == *" $part "* && -n ${2:-} ]] || { sed -n '2,15s/^# \?//p' "$0"; exit 2; }
+[[ " correctness timings photos " == *" $part "* && -n ${2:-} ]] || { sed -n '2,14s/^# \?//p' "$0"; exit 2; }
 for word in $chosen; do
     [[ " $all " == *" $word "* ]] || { echo "gpu.sh: no step $word: choose of $all"; exit 2; }
 done
