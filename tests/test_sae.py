@@ -492,7 +492,20 @@ class PlainNormSiLU(torch.nn.GroupNorm):
         return torch.nn.functional.silu(super().forward(x))
 
 
-PLAIN = {sae.ResBlock: PlainBlock, sae.NormSiLU: PlainNormSiLU}
+class PlainAttnBlock(torch.nn.Module):
+    """sae.AttnBlock of torch.nn's layers and its attention."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.norm, self.qkv, self.proj = block.norm, block.qkv, block.proj
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).flatten(2).mT.unsqueeze(1).chunk(3, -1)     # 3 x [B,1,h w,C]
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(y.squeeze(1).mT.reshape(x.shape))
+
+
+PLAIN = {sae.ResBlock: PlainBlock, sae.NormSiLU: PlainNormSiLU, sae.AttnBlock: PlainAttnBlock}
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -513,6 +526,13 @@ def test_the_decoder_equals_its_layers_of_torch_nn_under_the_same_parameter_name
     for name, g in grads[1].items():
         # A bias before a norm of one channel a group has no effect: its gradient is rounding.
         assert relative(grads[0][name], g) <= 1e-4 or g.norm() < 1e-4 * grads[1]["y"].norm(), name
+
+
+def test_the_decoder_is_compiled_as_one_graph(tiny):
+    from torch._dynamo.testing import CompileCounter       # it takes seconds
+    counter = CompileCounter()
+    torch.compile(tiny.decoder, backend=counter)(torch.randn(2, 8, 4, 6))
+    assert counter.frame_count == 1
 
 
 def test_the_papers_decoder_has_its_five_widths():
