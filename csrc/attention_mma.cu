@@ -89,10 +89,12 @@ __device__ inline void load_tile(u16* tile, Rows<const u16> src, int first, int 
   for (; r < rows; r += kRows, to += kRows * D, from += kRows * src.stride)
     copy_async(to, from, first + r < n);
 }
-// The same, for `turn_tile`: a thread copies the very cells that it will turn, so it waits for its own copies
-// alone, and no barrier is needed in between. Shared memory serves eight lanes of 16 bytes at a time; here
-// four of them share a row, and `spread` has them meet a row whose cells lie in the other 16 banks.
+// Rows in the order 0 4 1 5 2 6 3 7, eight by eight. Shared memory serves eight lanes of 16 bytes at a time;
+// where four of them share a row, they take two rows, which must lie in the two halves of the banks: `cell`
+// sees to it if bit 2 of the rows differs.
 __device__ inline int spread(int row) { return (row & ~7) | (row & 1) << 2 | (row & 7) >> 1; }
+// As load_tile, for `turn_tile`: a thread copies the very cells that it will turn, so it waits for its own
+// copies alone, and no barrier is needed in between.
 __device__ inline void load_tile_of_pairs(u16* tile, Rows<const u16> src, int first, int rows, int n) {
   constexpr int kRows = kThreads / 4;
   const int c = threadIdx.x % 4;

@@ -228,16 +228,17 @@ def side_by_side(jobs, calls):
             raise
 
 
-def train(folder, stage, args, paths, encoder, *options):
-    """One train.py command into `folder`, which goes on where it was interrupted."""
+def train(folder, stage, name, seed, args, paths, *options):
+    """One train.py command for the row `name` into `folder`, which goes on where it was interrupted."""
     # Chosen for two CPU cores: high rates, a fast EMA. train.py's defaults are the paper's.
     lpips = ["--lpips", "0"]
     if args.lpips_weights:
         lpips = ["--lpips", "10", "--lpips-net", args.lpips_net, "--lpips-weights", args.lpips_weights]
     precision = ["--precision", args.precision] if args.precision else []
     resume = ["--resume"] if (folder / "last.pt").exists() else []
-    run("train.py", "--stage", stage, "--data", str(paths["train"]), "--encoder", str(encoder),
-        "--size", str(args.size), "--batch", str(args.batch), "--lr", args.lr[0], "--warmup", "50",
+    encoder = paths["random" if name == "VAE" else "encoder"]
+    run("train.py", "--stage", stage, "--data", str(paths["train"]), "--encoder", str(encoder), "--seed",
+        str(seed), "--size", str(args.size), "--batch", str(args.batch), "--lr", args.lr[0], "--warmup", "50",
         "--min-lr", "1e-5", "--ema", "0.99", "--gan", args.gan, *lpips, *precision, "--image-every", "500",
         "--save-every", "500", "--workers", "1", *options, "--out", str(folder), *resume)
 
@@ -254,8 +255,8 @@ def train_stage1(name, seed, args, paths):
     (stage1, _), (first, _) = ROWS[name], row_folders(name, seed, args)
     stage1 = [str(paths["width"] // 4) if option == "QUARTER" else option for option in stage1]
     if not (first / "done").exists():
-        train(first, "1", args, paths, paths["random" if name == "VAE" else "encoder"], "--blocks", "1",
-              "--widths", *args.widths, "--steps", args.steps[0], "--seed", str(seed), *stage1)
+        train(first, "1", name, seed, args, paths, "--steps", args.steps[0], "--blocks", "1",
+              "--widths", *args.widths, *stage1)
         (first / "done").touch()
 
 
@@ -263,9 +264,8 @@ def make_row(name, seed, result, args, paths):
     """Stage 2, unless the row has none, and its scores -> the JSON file `result`."""
     (_, reg), (first, folder) = ROWS[name], row_folders(name, seed, args)
     if reg is not None:
-        train(folder, "2", args, paths, paths["random" if name == "VAE" else "encoder"], "--reg", reg,
-              "--init", str(first / "last.pt"), "--steps", args.steps[1], "--encoder-lr", args.lr[1],
-              "--seed", str(seed))
+        train(folder, "2", name, seed, args, paths, "--steps", args.steps[1], "--reg", reg,
+              "--init", str(first / "last.pt"), "--encoder-lr", args.lr[1])
     row = {"row": name, "seed": seed, "scores": score_row(folder, args, paths),
            "settings": portable(args.settings), "torch": torch.__version__}
     write(result, lambda file: file.write(json.dumps(row, indent=1).encode() + b"\n"))

@@ -104,10 +104,11 @@ class Peer:
         layout = torch.channels_last if bf16 else torch.contiguous_format
         for m in (self.student, self.teacher, self.to_latent, self.decoder, self.perceptual, self.disc):
             m.to(DEVICE, memory_format=layout)
-            # Of an encoder one block for all, as train.py does: whole, its 32 blocks take minutes.
-            blocks = [block for block in m.modules() if isinstance(block, DINOv3ViTLayer)]
-            for part in (blocks or [m]) * compiled:
-                part.compile()
+            if compiled:
+                # Of an encoder one block for all, as train.py does: whole, its 32 blocks take minutes.
+                blocks = [block for block in m.modules() if isinstance(block, DINOv3ViTLayer)]
+                for part in blocks or [m]:
+                    part.compile()
         self.trained = [p for m in (self.student, self.to_latent, self.decoder) for p in m.parameters()]
         self.ema = [p.detach().clone() for p in self.trained]
         self.opt = torch.optim.AdamW(self.trained, **ADAMW)
