@@ -20,7 +20,7 @@ demo: .venv/setup.stamp
 	.venv/bin/python tests/miniature.py
 
 miniature: .venv/setup.stamp
-	.venv/bin/python tests/miniature.py --rows all --seeds 0 1 2 --out .miniature
+	.venv/bin/python tests/miniature.py --rows all --seeds 0 1 2 --waves 4 12 --steps 300 2200 --out .miniature
 	.venv/bin/python tests/generation.py --runs .miniature
 
 test: .venv/test.stamp

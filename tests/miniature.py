@@ -1,7 +1,8 @@
 """The whole of S-AE in minutes or hours on two CPU cores, through the command lines a laboratory uses.
 
     python tests/miniature.py                                           # make demo: three rows, pictures
-    python tests/miniature.py --rows all --seeds 0 1 2 --out .miniature         # make miniature: all of it
+    python tests/miniature.py --rows all --seeds 0 1 2 --waves 4 12 --steps 300 2200 --out .miniature
+                                                                        # make miniature: all, on finer textures
     python tests/miniature.py --out .photos --data photos --encoder dinov3.safetensors --size 128 \\
         --widths 256 192 96 48 24 --steps 500 1500 --gan 1 --lpips-net squeeze --inception inception.pth \\
         --lpips-weights squeezenet1_1.safetensors --rows Freeze "reg 500" "reg 200" "reg 100" E2E
@@ -66,8 +67,8 @@ DEMO = ("Freeze", "reg 100", "E2E")
 LOOK_FOR = """
 What to look for, after as many steps as by default:
   Freeze:  the frozen encoder tells the decoder the shape and its place, and hardly any colour.
-  reg 100: the colours of shapes and grounds come back, not yet their textures; the probe falls by a point.
-  E2E:     the outlines are the best, and the probe collapses: the semantics are gone."""
+  reg 100: the colours come back, and the stripes and checks of the grounds; the probe holds.
+  E2E:     colours and outlines are the best, and the probe collapses: the semantics are gone."""
 PAPER = {                                       # probe %, PSNR on ImageNet 256
     "Freeze": (88.4, 19.39), "reg 500": (87.0, 29.74), "reg 200": (86.1, 32.21), "reg 100": (81.9, 33.84),
     "E2E": (12.4, 41.35), "VAE": (8.0, 25.29),
@@ -112,14 +113,18 @@ def draw_mask(name, rng, size):
     return np.asarray(mask.resize((size, size), Image.LANCZOS)) / 255
 
 
-def draw_texture(rng, size):
-    """Two colours mixed by stripes, checks, a gradient or clouds: [size,size,3], 0..1."""
+def draw_texture(rng, size, waves):
+    """Two colours mixed by stripes, checks, a gradient or clouds: [size,size,3], 0..1.
+
+    waves: how often stripes repeat in the width of an image, at least and at most; checks do so up to 3 times.
+    """
     y, x = np.mgrid[:size, :size] / size
-    angle, period, phase = rng.uniform(0, math.pi), rng.uniform(4, 12), rng.uniform(0, 6)
+    angle, frequency, phase = rng.uniform(0, math.pi), 2 * math.pi * rng.uniform(*waves), rng.uniform(0, 6)
     u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+    checks = min(frequency, 20)
     clouds = Image.fromarray(rng.integers(0, 256, (6, 6), dtype=np.uint8)).resize((size, size), Image.BICUBIC)
-    mix = [0.5 + 0.5 * np.sin(2 * math.pi * period * u + phase),
-           (np.sin(20 * u + phase) * np.sin(20 * v) > 0) * 1.0,
+    mix = [0.5 + 0.5 * np.sin(frequency * u + phase),
+           (np.sin(checks * u + phase) * np.sin(checks * v) > 0) * 1.0,
            (u - u.min()) / np.ptp(u),
            np.asarray(clouds) / 255][rng.integers(4)]
     a, b = rng.random((2, 3))
@@ -135,13 +140,13 @@ def compose(masks, textures, rng):
     return masks * (0.5 + 0.5 * front) + (1 - masks) * 0.5 * back
 
 
-def draw_images(folder, per_class, size):
+def draw_images(folder, per_class, size, waves):
     """Draw per_class images a shape, even ones into folder/train and odd ones into folder/val.
 
     Returns masks [n,1,size,size] and labels [n] of the training images, and textures [600,3,size,size].
     """
     rng, torch_rng = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    textures = np.stack([draw_texture(rng, size) for _ in range(600)])
+    textures = np.stack([draw_texture(rng, size, waves) for _ in range(600)])
     textures = torch.tensor(textures, dtype=torch.float32).permute(0, 3, 1, 2)
     masks = np.stack([draw_mask(name, rng, size) for name in SHAPES for _ in range(per_class)])
     masks = torch.tensor(masks, dtype=torch.float32)[:, None]
@@ -204,6 +209,7 @@ def train_teacher(masks, labels, textures, path, steps):
 # ------------------------------------------------------------------ training and scoring a row
 
 JOB = threading.local()         # JOB.number of the threads that `side_by_side` starts
+CORES = torch.get_num_threads()
 
 
 def run(*command):
@@ -217,8 +223,12 @@ def run(*command):
 
 
 def side_by_side(jobs, calls):
-    """Make `calls`, so many at a time. After one that fails no other begins; its error is raised."""
-    numbers = itertools.count()
+    """Make `calls`, so many at a time. After one that fails no other begins; its error is raised.
+
+    They share the cores: two runs with a thread each end sooner than one after the other with two.
+    """
+    jobs, numbers = min(jobs, len(calls)), itertools.count()
+    torch.set_num_threads(max(1, CORES // jobs))
     with ThreadPoolExecutor(jobs, initializer=lambda: setattr(JOB, "number", next(numbers))) as pool:
         try:
             for done in as_completed([pool.submit(call) for call in calls]):
@@ -459,8 +469,11 @@ def options():
     p.add_argument("--data", help="folder of class folders; default: drawn shapes")
     p.add_argument("--encoder", help="DINOv3 weights; default: trained here on the drawn shapes")
     p.add_argument("--size", type=int, default=64)
+    # A decoder of few steps draws stripes wider than a patch, and takes the mean of finer ones.
+    p.add_argument("--waves", type=float, nargs=2, default=(1, 2), metavar=("LEAST", "MOST"),
+                   help="how often stripes repeat in the width of a drawn image")
     p.add_argument("--batch", type=int, default=8)
-    p.add_argument("--steps", nargs=2, default=("300", "2200"), help="of stage 1 and stage 2")
+    p.add_argument("--steps", nargs=2, default=("300", "1400"), help="of stage 1 and stage 2")
     p.add_argument("--lr", nargs=2, default=("1e-3", "5e-4"), help="of decoder and encoder")
     # Odd multiples of 8 have two groups to a GroupNorm (sae.py: groups). With many, each takes the mean of a
     # few channels out of each image, and the decoder learns colours late.
@@ -479,6 +492,8 @@ def options():
         p.error("--data and --encoder go together: both are yours, or both are made here")
     if "all" in args.rows:
         args.rows = list(ROWS)
+    if args.data:
+        args.waves = None                       # which drawn images alone have
     args.out = args.out.resolve()
     args.results = (args.results or args.out / "rows").resolve()
     for name in ("lpips_weights", "inception"):
@@ -494,7 +509,7 @@ def prepare(args):
         link_images(args.data, data)
         encoder = Path(args.encoder).resolve()
     elif not encoder.exists():                  # it is written last, and whole
-        drawn = draw_images(data, per_class=200, size=args.size)
+        drawn = draw_images(data, 200, args.size, args.waves)
         print(f"drew {len(SHAPES)} x 200 images of {args.size}x{args.size} into {data}", flush=True)
         train_teacher(*drawn, encoder, steps=600)
     torch.manual_seed(0)
@@ -543,8 +558,6 @@ def main():
 
     if wanted:
         paths = prepare(args)
-        # Two runs with a thread each end sooner than one after the other with two.
-        torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
         first = {row_folders(*row, args)[0]: row for row in wanted}         # one stage 1 serves many rows
         side_by_side(args.jobs, [partial(train_stage1, *row, args, paths) for row in first.values()])
         side_by_side(args.jobs, [partial(make_row, *row, result, args, paths)
