@@ -1,8 +1,8 @@
 """The whole of S-AE in minutes or hours on two CPU cores, through the command lines a laboratory uses.
 
     python tests/miniature.py                                           # make demo: three rows, pictures
-    python tests/miniature.py --rows all --seeds 0 1 2 --waves 4 12 --steps 300 2200 --out .miniature
-                                                                        # make miniature: all, on finer textures
+    python tests/miniature.py --rows all --seeds 0 1 2 --waves 4 12 --steps 300 2200 \\
+        --out .miniature                                                # make miniature: all, finer textures
     python tests/miniature.py --out .photos --data photos --encoder dinov3.safetensors --size 128 \\
         --widths 256 192 96 48 24 --steps 500 1500 --gan 1 --lpips-net squeeze --inception inception.pth \\
         --lpips-weights squeezenet1_1.safetensors --rows Freeze "reg 500" "reg 200" "reg 100" E2E
@@ -116,7 +116,8 @@ def draw_mask(name, rng, size):
 def draw_texture(rng, size, waves):
     """Two colours mixed by stripes, checks, a gradient or clouds: [size,size,3], 0..1.
 
-    waves: how often stripes repeat in the width of an image, at least and at most; checks do so up to 3 times.
+    waves: how often stripes repeat in the width of an image, at least and at most. Checks repeat as often, up
+    to three times.
     """
     y, x = np.mgrid[:size, :size] / size
     angle, frequency, phase = rng.uniform(0, math.pi), 2 * math.pi * rng.uniform(*waves), rng.uniform(0, 6)
@@ -469,7 +470,8 @@ def options():
     p.add_argument("--data", help="folder of class folders; default: drawn shapes")
     p.add_argument("--encoder", help="DINOv3 weights; default: trained here on the drawn shapes")
     p.add_argument("--size", type=int, default=64)
-    # A decoder of few steps draws stripes wider than a patch, and takes the mean of finer ones.
+    # A decoder of few steps draws stripes wider than a patch, and the mean of finer ones: nearest x2 and a
+    # convolution make one colour of equal neighbours, so what repeats within each patch is learned late.
     p.add_argument("--waves", type=float, nargs=2, default=(1, 2), metavar=("LEAST", "MOST"),
                    help="how often stripes repeat in the width of a drawn image")
     p.add_argument("--batch", type=int, default=8)
