@@ -1,6 +1,6 @@
 """Understanding and generation in one space: small DiTs on the latents of the miniature's autoencoders.
 
-    python tests/miniature.py --rows Freeze "reg 100" E2E VAE --out .miniature
+    python tests/miniature.py --rows Freeze "reg 100" E2E VAE --waves 4 12 --steps 300 2200 --out .miniature
     python tests/generation.py --runs .miniature
 
 1. A folder: one DiT for each autoencoder, of the same size and as many steps, on its latents of the training

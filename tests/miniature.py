@@ -210,7 +210,7 @@ def train_teacher(masks, labels, textures, path, steps):
 # ------------------------------------------------------------------ training and scoring a row
 
 JOB = threading.local()         # JOB.number of the threads that `side_by_side` starts
-CORES = torch.get_num_threads()
+CORES = torch.get_num_threads()         # which the jobs of `side_by_side` share
 
 
 def run(*command):
