@@ -678,6 +678,8 @@ class SAE(nn.Module):
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} has no configuration of an S-AE: {error}") from error
         assign(sae, tensors, f"{path} holds other weights than its configuration describes")
+        for module in sae.down, sae.decoder:    # as in training: convolutions need no transposes
+            module.to(memory_format=torch.channels_last)
         return sae.eval().requires_grad_(False)
 
     def save_pretrained(self, folder, dtype=None, scores=None):
