@@ -2,6 +2,7 @@
 
     python tests/miniature.py --rows Freeze "reg 100" E2E VAE --waves 4 12 --steps 300 2200 --out .miniature
     python tests/generation.py --runs .miniature
+    python tests/generation.py --runs .photos --rows "reg 100" E2E --steps 4000 200 --images 0      # photos
 
 1. A folder: one DiT for each autoencoder, of the same size and as many steps, on its latents of the training
    images. Are the samples of the class that they were asked for? How far are they from the test images?
@@ -11,7 +12,8 @@
    Theorem 1).
 
 All of it is `eval.py --generate`: the commands are printed, and go on where they were interrupted. --results
-names the tables (.md) and a picture of samples (.png), without their endings.
+names the tables (.md) and a picture of samples (.png), without their endings. The photos of
+tests/photos-generation.md are those of tests/photos.md at --size 64, with --steps 600 2400 and no GAN.
 """
 import argparse
 import itertools
@@ -123,7 +125,7 @@ def main():
     p.add_argument("--rows", nargs="+", default=["Freeze", "reg 100", "E2E", "VAE"], choices=list(ROWS),
                    metavar="ROW", help="default: Freeze, reg 100, E2E, VAE")
     p.add_argument("--steps", type=int, nargs=2, default=(6000, 200), help="of a DiT, in 1. and in 2.")
-    p.add_argument("--images", type=int, default=3, help="of 2.")
+    p.add_argument("--images", type=int, default=3, help="of 2.; 0 leaves it out")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of 2.")
     p.add_argument("--out", type=Path, help="default RUNS/generation")
     p.add_argument("--results", type=Path, help="default RUNS/generation")
@@ -135,7 +137,9 @@ def main():
 
     models = {row: row_folders(row, 0, SimpleNamespace(out=args.runs))[1] for row in args.rows}
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    text = folder_table(from_folder(models, args)) + CAPTION + image_table(from_images(models, args))
+    text = folder_table(from_folder(models, args))
+    if args.images:
+        text += CAPTION + image_table(from_images(models, args))
     write(Path(f"{args.results}.md"), lambda file: file.write(text.encode()))
     print("\n" + text)
 
