@@ -12,8 +12,8 @@
    Theorem 1).
 
 All of it is `eval.py --generate`: the commands are printed, and go on where they were interrupted. --results
-names the tables (.md) and a picture of samples (.png), without their endings. The photos of
-tests/photos-generation.md are those of tests/photos.md at --size 64, with --steps 600 2400 and no GAN.
+names the tables (.md) and a picture of samples (.png), without their endings. The runs of
+tests/photos-generation.md are those of miniature.py's last example with --size 64 --steps 600 2400 --gan 0.
 """
 import argparse
 import itertools
