@@ -19,11 +19,12 @@ import argparse
 import itertools
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from miniature import ROWS, draw_rows, markdown, mean_and_spread, row_folders, run
+from miniature import ROWS, draw_rows, markdown, mean_and_spread, row_folders, run, side_by_side
 from PIL import Image
 
 from common import ImageFolder
@@ -55,17 +56,22 @@ COLUMNS = {"class_gen": ("samples, %", 1), "class_rec": ("reconstructions, %", 1
 
 def from_folder(models, args):
     """{row: scores}; draws a sample of each of the first classes, from the same noise for each row."""
-    images, out = args.runs / "images", args.out / "folder"
+    images, out, found = args.runs / "images", args.out / "folder", {}
     encoder = args.settings["encoder"] or args.runs / "teacher.safetensors"
-    found = generate(models, images / "train", out, args, "--data", images / "val", "--encoder", encoder,
-                     "--dit-width", 192, "--dit-depth", 4, "--dit-steps", args.steps[0], "--dit-batch", 32,
-                     "--dit-lr", 3e-3, "--guidance", 2)
+
+    def train(row, folder):
+        found.update(generate({row: folder}, images / "train", out / folder.name, args, "--data",
+                              images / "val", "--encoder", encoder, "--dit-width", 192, "--dit-depth", 4,
+                              "--dit-steps", args.steps[0], "--dit-batch", 32, "--dit-lr", 3e-3,
+                              "--guidance", 2))
+
+    side_by_side(args.jobs, [partial(train, *model) for model in models.items()])
     S, pictures = args.settings["size"], {}
-    for i, row in enumerate(models):
-        grid = np.asarray(Image.open(out / f"{i}-last/samples.png"))          # [classes S,8 S,3]
+    for row, folder in models.items():
+        grid = np.asarray(Image.open(out / folder.name / "0-last/samples.png"))          # [classes S,8 S,3]
         pictures[row] = [grid[y:y + S, :S] for y in range(0, len(grid), S)][:SHOWN]
     draw_rows(pictures, Path(f"{args.results}.png"), ImageFolder(images / "val").classes[:SHOWN])
-    return found
+    return {row: found[row] for row in models}
 
 
 def folder_table(found):
@@ -86,13 +92,19 @@ def from_images(models, args):
     """{(target, width): [{row: scores} of each image and seed]}."""
     val = ImageFolder(args.runs / "images/val").files
     images = [val[i] for i in np.linspace(0, len(val) - 1, args.images).astype(int)]
-    found = {}
-    for (target, width), (i, image), seed in itertools.product(
-            [("v", 96), ("v", 192), ("v", 384), ("x", 96)], enumerate(images), args.seeds):
-        scores = generate(models, image, args.out / f"{target}-{width}-image{i}-seed{seed}", args,
-                          "--target", target, "--dit-width", width, "--dit-depth", 2, "--dit-steps",
-                          args.steps[1], "--dit-batch", 8, "--dit-lr", 1e-3, "--seed", seed)
-        found.setdefault((target, width), []).append(scores)
+    dits = [("v", 96), ("v", 192), ("v", 384), ("x", 96)]
+    found = {dit: [] for dit in dits}
+
+    def train(dit, number, seed):
+        target, width = dit
+        out = args.out / f"{target}-{width}-image{number}-seed{seed}"
+        scores = generate(models, images[number], out, args, "--target", target, "--dit-width", width,
+                          "--dit-depth", 2, "--dit-steps", args.steps[1], "--dit-batch", 8, "--dit-lr", 1e-3,
+                          "--seed", seed)
+        found[dit].append(scores)
+
+    side_by_side(args.jobs, [partial(train, *words)
+                             for words in itertools.product(dits, range(len(images)), args.seeds)])
     return found
 
 
@@ -127,6 +139,7 @@ def main():
     p.add_argument("--steps", type=int, nargs=2, default=(6000, 200), help="of a DiT, in 1. and in 2.")
     p.add_argument("--images", type=int, default=3, help="of 2.; 0 leaves it out")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of 2.")
+    p.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the cores")
     p.add_argument("--out", type=Path, help="default RUNS/generation")
     p.add_argument("--results", type=Path, help="default RUNS/generation")
     args = p.parse_args()

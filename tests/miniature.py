@@ -52,6 +52,7 @@ BREAKS = {                                      # where it breaks, or does not; 
 }
 ROWS = {                                        # (options of stage 1, --reg of stage 2; Freeze has none)
     "Freeze": ((), None),
+    "Freeze, all steps": (("--steps", "ALL"), None),    # as many as the others have in both stages
     "reg 500": ((), "500"),
     "reg 200": ((), "200"),
     "reg 100": ((), "100"),
@@ -264,7 +265,8 @@ def row_folders(name, seed, args):
 
 def train_stage1(name, seed, args, paths):
     (stage1, _), (first, _) = ROWS[name], row_folders(name, seed, args)
-    stage1 = [str(paths["width"] // 4) if option == "QUARTER" else option for option in stage1]
+    words = {"QUARTER": str(paths["width"] // 4), "ALL": str(sum(map(int, args.steps)))}
+    stage1 = [words.get(option, option) for option in stage1]
     if not (first / "done").exists():
         train(first, "1", name, seed, args, paths, "--steps", args.steps[0], "--blocks", "1",
               "--widths", *args.widths, *stage1)
@@ -312,12 +314,13 @@ def teacher_scores(folder, args, paths):
     """What the teacher sees of a run's test images, and how far the student's tokens have moved from its own.
 
     FD: Frechet distance of the teacher's mean patch tokens, reconstructions to test images. mse/var: that of
-    the patch tokens, as a share of their variance. PSNR 3:4: of crops that are a quarter less high than wide.
+    the patch tokens, as a share of their variance. PSNR 3:4: of crops that are a quarter less high than wide,
+    where f divides their height.
     """
     sae, teacher = SAE.from_pretrained(folder / "last.pt"), DINOv3.from_pretrained(paths["encoder"])
     files, f, grid = ImageFolder(paths["val"]).files, sae.config.f, (args.size // DINOv3.patch,) * 2
     real, fake = (Moments(teacher.cfg.width, "cpu") for _ in range(2))
-    mse, tokens, db = 0.0, [], []
+    mse, tokens, db, height = 0.0, [], [], args.size * 3 // 4
     for i in range(0, len(files), 32):
         x = load_crops(files[i:i + 32], args.size)                                       # [B,3,S,S]
         target = teacher(x)[2]                                                           # [B,N,D]
@@ -327,12 +330,13 @@ def teacher_scores(folder, args, paths):
         fake.update(teacher(xhat)[2].mean(1))
         mse += (patches - target).square().sum().item()
         tokens.append(target)
-        wide = x[:, :, :max(f, args.size * 3 // 4 // f * f)]                             # [B,3,3/4 S,S]
-        db.append(psnr(to_uint8(wide), to_uint8(sae.decode(sae.encode(wide).mode()))))
+        if height % f == 0:
+            wide = x[:, :, :height]                                                      # [B,3,3/4 S,S]
+            db.append(psnr(to_uint8(wide), to_uint8(sae.decode(sae.encode(wide).mode()))))
     tokens = torch.cat(tokens)
-    fd = frechet_distance(*real.mean_cov(), *fake.mean_cov())
-    return {"FD": fd, "mse/var": mse / tokens.numel() / tokens.var().item(),
-            "PSNR 3:4": torch.cat(db).mean().item()}
+    scores = {"FD": frechet_distance(*real.mean_cov(), *fake.mean_cov()),
+              "mse/var": mse / tokens.numel() / tokens.var().item()}
+    return scores | ({"PSNR 3:4": torch.cat(db).mean().item()} if db else {})
 
 
 # ------------------------------------------------------------------ what it shows
@@ -367,7 +371,8 @@ def table(rows):
     columns = [c for c in DIGITS if any(c in scores[0] for scores in rows.values())]
     lines = [["row", "seeds", *columns, "paper's"]]
     for name, scores in rows.items():
-        cells = [mean_and_spread([s[column] for s in scores], DIGITS[column]) for column in columns]
+        cells = [mean_and_spread([s[column] for s in scores], DIGITS[column]) if column in scores[0] else "-"
+                 for column in columns]
         paper = ", ".join(map(str, PAPER.get(name, ["-"])))
         lines.append([name, len(scores), *cells, paper])
     return markdown(lines)
@@ -383,7 +388,7 @@ def draw_figure(rows, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, (ours, papers) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
-    marker = dict(zip(ROWS, "osD^v<>PX*hdp8"))
+    marker = dict(zip(ROWS, "oHsD^v<>PX*hdp8"))
     for name, scores in rows.items():
         x, y = ([s[column] for s in scores] for column in ("PSNR", "probe"))
         spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in (x, y)]

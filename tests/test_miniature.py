@@ -105,7 +105,7 @@ def test_samples_and_losses_of_small_dits_on_the_rows_are_tables_and_a_picture(w
     assert done.returncode == 0, done.stderr
 
     folder, _, images = (root / "samples.md").read_text().split("\n\n")
-    record = root / "out/generation/folder/1-last/metrics.jsonl"
+    record = root / "out/generation/folder/freeze-reg0/0-last/metrics.jsonl"
     scores = json.loads(record.read_text().splitlines()[-1])
     assert folder.splitlines()[3].startswith(f"| E2E | {scores['class_gen']:.1f} |")
     # n is 64: no DiT of these widths is below it, so no latent loss has a floor
