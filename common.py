@@ -3,6 +3,7 @@
 Pixels are uint8 [...,H,W,3] in data workers, and [B,3,H,W] in [-1,1] from `to_float` on.
 """
 import argparse
+import errno
 import io
 import json
 import math
@@ -238,6 +239,8 @@ def load_image(path, at_least=None):
                 im = Image.fromarray((np.asarray(im).clip(0, 65535) / 257).round().astype(np.uint8))
             im = im.convert("RGB")
             return im if turn == 1 else im.transpose(Image.Transpose[TURNS[turn - 2]])
+    except Image.UnidentifiedImageError as error:               # its text has an address, other each time
+        raise ValueError(f"{path} cannot be read as an image: Pillow knows no such kind") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} has too many pixels: shrink it or remove it ({error})") from error
     except Exception as error:          # Pillow's decoders raise a dozen kinds of error on damaged files
@@ -393,7 +396,7 @@ def batches(images, passes, args, rank, world):
     """Yields (number of the first sample in the run, crops uint8 [batch,size,size,3]) of this rank.
 
     passes: numbers of the passes, forward and backward. Each rank names the files that it cannot use, once,
-    on stderr, and raises ValueError when they are more than 1 % of all.
+    on stderr, and raises ValueError when they are more than 1 % of all, or clearly of those it has seen.
     """
     def first(i):                       # number of the first sample of pass i
         return (i * world + rank) * args.batch
@@ -402,13 +405,15 @@ def batches(images, passes, args, rank, world):
     workers = {"prefetch_factor": 4, "timeout": 1800, "worker_init_fn": own_session} if args.workers else {}
     loader = DataLoader(images, batch_sampler=samples, collate_fn=collate, num_workers=args.workers,
                         pin_memory=torch.cuda.is_available(), **workers)
-    bad = set()
+    bad, seen = set(), 0
     for i, (x, skipped) in zip(passes, loader):
         new = sorted(set(skipped) - bad)
         bad.update(new)
         for sentence in new:
             tqdm.write(f"skipped: {sentence}", file=sys.stderr)
-        require(len(bad) * 100 <= len(images),
+        # Of many ranks each sees few of all in days. Ten files and four deviations are left to chance.
+        seen += args.batch
+        require(len(bad) * 100 <= min(len(images), seen + 40 * math.sqrt(seen) + 1000),
                 f"more than 1 % of the {len(images)} images cannot be used, such as: {''.join(new[-1:])}")
         yield first(i), x
 
@@ -427,6 +432,31 @@ def own_session(worker):
 
 
 # ------------------------------------------------------------------ the command line
+
+class Stream:
+    """A stream that goes on when its reader has ended, as `| tee log` does by Ctrl-C: into nothing."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        return self.attempt(self.stream.flush)
+
+    def attempt(self, call, *args):
+        try:
+            return call(*args)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            return call(*args)
+
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Each help text with its default, if there is one, and the description's lines as they are."""
@@ -448,6 +478,7 @@ def command(main):
     """Run main(). What a user can mend ends as one sentence on stderr and exit status 1, else a traceback."""
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors="backslashreplace")           # for names of files that no encoding knows
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     try:
         return record(main)()                                   # record: torchrun names the first that failed
     except ValueError as error:

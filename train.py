@@ -39,7 +39,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
@@ -88,7 +88,9 @@ def train(run):
         for i in range(args.accumulate):
             number, x = next(crops)
             x = to_float(x.to(run.device, non_blocking=True))                        # [B,3,H,W]
-            exchange_gradients(run.model, run.disc_model, on=(i == args.accumulate - 1))
+            # DDP exchanges gradients in the last pass; FSDP in each, since it would keep whole ones.
+            for model in run.model, run.disc_model:
+                model.require_backward_grad_sync = i == args.accumulate - 1
 
             # generator
             with run.autocast():
@@ -98,11 +100,12 @@ def train(run):
                 if args.lpips:
                     term["lpips"] = run.lpips(xhat, x).mean()
                 if args.stage == 2:
-                    with torch.no_grad():
-                        _, _, target = run.teacher(x)                                # patch tokens [B,N,D]
                     term["kl"] = kl.mean()
-                    # Reading: of the patch tokens after the final norm. CLS is not held: see eval.py.
-                    term["mse"] = feature_mse(patches, target)
+                    if args.reg or log:
+                        with torch.no_grad():
+                            _, _, target = run.teacher(x)                            # patch tokens [B,N,D]
+                        # Reading: of the patch tokens after the final norm. CLS is not held: see eval.py.
+                        term["mse"] = feature_mse(patches, target)
                 if args.gan and run.step >= args.gan_start:
                     disc.requires_grad_(False)                  # the gradient goes through D, not into it
                     term["gan"] = generator_loss(disc(xhat).float())
@@ -177,7 +180,7 @@ def agree(run, loss):
     gradients = [p.grad for p in (*trained(run.sae), *run.disc.parameters()) if p.grad is not None]
     gradients = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]       # this rank's part
     finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients) + loss)
-    flags = torch.tensor([0.0, signals[0] if signals else 0], device=run.device)        # see on_signal
+    flags = torch.tensor([0.0, signals[0][0] if signals else 0], device=run.device)     # see on_signal
     flags[0] = ~finite
     if run.world > 1:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
@@ -243,7 +246,8 @@ def setup(args):
         images_per_step=args.batch * world * args.accumulate,
         sae=sae, teacher=teacher, disc=disc, encoder_crc=crc,
         lpips=LPIPS(args.lpips_net, args.lpips_weights) if args.lpips else None,
-        autocast=lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"),
+        autocast=lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16",
+                                        cache_enabled=not args.shard),  # it would keep what FSDP frees
         step=0, saved_step=0, skips=0)
     if rank == 0:
         describe(run)
@@ -546,7 +550,10 @@ def find_checkpoint(run):
     args, out = run.args, run.out
     # A kill between the two renames of `save` leaves no last.pt.
     found = [out / name for name in ("last.pt", "last-1.pt") if (out / name).exists()]
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0        # what it finds is its own
+    # torchrun restarts what was refused, too: a run is its own only where the same options have begun it.
+    begun = json.loads((out / "config.json").read_bytes()) if (out / "config.json").exists() else {}
+    own = vars(args).items() <= begun.items()
+    restarted = own and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     require(args.resume or restarted or not found,
             f"{out} holds a run already: continue it with --resume, or name another folder with --out")
     require(found or not args.resume,
@@ -613,14 +620,15 @@ def start_metrics(run):
 
 # ------------------------------------------------------------------ ranks and processes
 
-signals = []                                                    # those received, see `on_signal`
+signals = []                                                    # (signal, when it came), see `on_signal`
 
 
 def on_signal(signum, frame):
-    """The first signal ends the run after the step at hand, with a checkpoint; a second one, at once."""
-    if signals:
+    """The first signal ends the run after the step at hand, with a checkpoint; a later one, at once."""
+    # Not one within that second: `timeout` sends its own twice, to the process and to its group.
+    if signals and time.monotonic() > signals[0][1] + 1:
         os._exit(128 + signum)
-    signals.append(signum)
+    signals.append((signum, time.monotonic()))
 
 
 def lock(out):
@@ -635,15 +643,6 @@ def lock(out):
     except OSError as error:                                    # some network file systems have no locks
         print(f"{out} cannot be locked ({error.strerror}): see to it that no other process writes there")
     return file
-
-
-def exchange_gradients(*models, on):
-    """Whether the next backward passes exchange gradients between the ranks; else these pile up on each."""
-    for model in models:
-        if isinstance(model, DDP):
-            model.require_backward_grad_sync = on               # what DDP.no_sync sets
-        elif isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(on)
 
 
 def shard(model):

@@ -7,9 +7,11 @@ import sys
 import tarfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin, features
 
 import common
@@ -322,6 +324,45 @@ def test_two_megabytes_of_compressed_text_or_profile_make_no_bad_image(chunk, tm
     (tmp_path / "x.png").write_bytes(png[:33] + block + png[33:])           # behind the header
     assert np.array_equal(np.asarray(common.load_image(tmp_path / "x.png")), np.asarray(gradient()))
     assert PngImagePlugin.MAX_TEXT_CHUNK >= 2_000_000
+
+
+class Stream(torch.utils.data.Dataset):
+    """A million crops, of which every `every`-th has met a bad file."""
+
+    def __init__(self, every):
+        self.every = every
+
+    def __len__(self):
+        return 1_000_000
+
+    def __getitem__(self, g):
+        return torch.zeros(1, 1, 3, dtype=torch.uint8), [f"{g} is bad"] * (g % self.every == 0)
+
+
+@pytest.mark.parametrize("every, stopped", [(25, True), (110, False)])
+def test_too_many_bad_files_stop_a_rank_before_it_has_seen_all_files(every, stopped, capsys):
+    args = SimpleNamespace(batch=50, workers=0)
+    crops = common.batches(Stream(every), range(200), args, rank=5, world=8)
+    if stopped:
+        with pytest.raises(ValueError, match="more than 1 % of the 1000000 images cannot be used, such as"):
+            list(crops)
+    else:
+        assert len(list(crops)) == 200
+
+
+def test_a_member_that_is_no_image_has_the_same_sentence_each_time(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(b"<html>")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        tar.add(tmp_path / "0.jpg", "0.jpg")
+    (tmp_path / "0.jpg").unlink()
+    member, = common.ImageFolder(tmp_path).files
+    sentences, kept = set(), []
+    for _ in range(3):
+        with pytest.raises(ValueError) as error:
+            common.load_image(member)
+        sentences.add(str(error.value))
+        kept.append(error)                      # so that what it was read from has another address each time
+    assert sentences == {f"{member} cannot be read as an image: Pillow knows no such kind"}
 
 
 def test_an_image_of_too_many_pixels_is_named_with_the_mend(tmp_path, monkeypatch):

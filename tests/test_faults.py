@@ -158,6 +158,20 @@ def test_torchrun_recovers_from_a_killed_rank_alone(world, uninterrupted, tmp_pa
     assert_same_run(whole, out)
 
 
+def started_again(rank):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"              # by torchrun, and then it goes on by itself
+
+
+def test_what_torchrun_starts_again_goes_on_with_its_own_run_and_takes_over_no_other(world, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    assert codes(start(options(world, out, steps=2), log)) == [0]
+    assert codes(start(options(world, out, steps=2), log, patch=started_again)) == [0]
+    before = (out / "last.pt").read_bytes()
+    assert codes(start(options(world, out, steps=2, seed=1), log, patch=started_again)) == [1]
+    assert f"train.py: {out} holds a run already" in log.read_text()
+    assert (out / "last.pt").read_bytes() == before
+
+
 # ------------------------------------------------------------------ signals
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
@@ -187,6 +201,30 @@ def test_a_signal_to_torchrun_saves(world, tmp_path):
         time.sleep(0.01)
     torchrun.send_signal(signal.SIGTERM)
     torchrun.communicate(timeout=300)
+    assert train.load_checkpoint(out / "last.pt")["step"] >= 2
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(world, tmp_path):
+    out = tmp_path / "run"
+    process, = start(options(world, out, steps=10_000, save_every=10_000), tmp_path / "log")
+    assert wait_for(lambda: steps_logged(out) >= 2, [process])
+    for _ in range(3):                                          # as `timeout` does, to process and group
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.1)
+    assert codes([process]) == [128 + signal.SIGTERM]
+    assert train.load_checkpoint(out / "last.pt")["step"] >= 2
+
+
+def test_a_signal_that_ends_the_reader_of_the_log_too_still_saves(world, tmp_path):
+    out = tmp_path / "run"
+    words = [sys.executable, ROOT / "train.py", *options(world, out, steps=10_000, save_every=10_000)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while steps_logged(out) < 2:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.stdout.close()                                      # as Ctrl-C ends `| tee log`
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 128 + signal.SIGINT
     assert train.load_checkpoint(out / "last.pt")["step"] >= 2
 
 
@@ -316,7 +354,6 @@ def test_a_bad_file_whose_name_no_encoding_knows_is_named_and_skipped(encoding, 
 
 
 def no_checkpoints_on_rank_1(rank):
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"              # after which a run goes on by itself
     if rank == 1:
         train.find_checkpoint = lambda run: None
 
@@ -324,7 +361,8 @@ def no_checkpoints_on_rank_1(rank):
 def test_ranks_that_see_different_checkpoints_are_told_to_share_the_folder(world, tmp_path):
     out = tmp_path / "run"
     assert codes(start(options(world, out, steps=2), tmp_path / "log", ranks=2)) == [0, 0]
-    processes = start(options(world, out), tmp_path / "log", ranks=2, patch=no_checkpoints_on_rank_1)
+    again = options(world, out, resume=True)
+    processes = start(again, tmp_path / "log", ranks=2, patch=no_checkpoints_on_rank_1)
     assert codes(processes) == [1, 1]
     said = (tmp_path / "log").read_text()
     assert f"train.py: the ranks see checkpoints of different steps in {out}, 0 and 2" in said

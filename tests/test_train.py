@@ -232,7 +232,7 @@ def test_sharded_training_equals_one_process_and_leaves_the_same_checkpoint(
 def test_a_run_goes_on_with_other_ranks_passes_or_shards(world, references, tmp_path):
     opts, one_step, two_steps = references[2]
     others = [(2, dict(batch=2)),
-              (2, dict(batch=2, shard=True)),
+              (2, dict(batch=1, accumulate=2, shard=True)),
               (1, dict(batch=1, accumulate=4))]
     for i, (ranks, change) in enumerate(others):
         shutil.copytree(one_step, tmp_path / str(i))
