@@ -219,8 +219,9 @@ def load_csrc(so, sources):
     except OSError as error:
         return f"{so.name} does not load ({error})"
     crc = 0
-    for path in sorted(sources.iterdir()) if sources.is_dir() else ():
-        crc = zlib.crc32(path.name.encode() + b"\0" + path.read_bytes(), crc)
+    for path in sorted(sources.glob("[!.]*")):
+        if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
+            crc = zlib.crc32(path.name.encode() + b"\0" + path.read_bytes(), crc)
     if crc not in (0, torch.ops.sae.source_crc()):      # 0: installed without its sources
         return f"{so.name} is older than csrc/"
     if torch.cuda.is_available() and not torch.ops.sae.has_cuda():

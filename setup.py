@@ -31,8 +31,9 @@ def say(message):
 def source_crc(folder):
     """One number for all sources; sae.py computes the same one to notice a stale binary."""
     crc = 0
-    for path in sorted(folder.iterdir()):
-        crc = zlib.crc32(path.name.encode() + b"\0" + path.read_bytes(), crc)
+    for path in sorted(folder.glob("[!.]*")):
+        if path.suffix in (".h", ".cuh", ".cu", ".cpp"):      # not what editors leave there
+            crc = zlib.crc32(path.name.encode() + b"\0" + path.read_bytes(), crc)
     return crc
 
 
@@ -45,6 +46,15 @@ def why_no_compiler():
     command = [*CXX.split(), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
     if subprocess.run(command, input=program, capture_output=True, text=True).returncode:
         return f"{CXX} does not compile C++20"
+    return None
+
+
+def old_gpu():
+    """The name of a GPU here that is older than the kernels' instructions, of Ampere; None without one."""
+    import torch
+    for i in range(torch.cuda.device_count()):
+        if torch.cuda.get_device_capability(i) < (8, 0):
+            return torch.cuda.get_device_name(i)
     return None
 
 
@@ -64,12 +74,15 @@ def find_nvcc(cuda):
 
 
 def gencode(archs):
-    """'8.0;9.0+PTX' -> nvcc flags."""
+    """'8.0;9.0+PTX' -> nvcc flags. Architectures before 8.0, which containers name, are left out."""
     flags = []
     for arch in re.split(r"[;\s]+", archs.strip()):
         m = re.fullmatch(r"(\d+)\.(\d+[a-z]?)(\+PTX)?", arch)
         if not m:
             raise SystemExit(f"setup.py: TORCH_CUDA_ARCH_LIST has {arch!r}; give numbers such as 8.0;9.0+PTX")
+        if int(m[1]) < 8:
+            say(f"no kernels for architecture {arch} of TORCH_CUDA_ARCH_LIST: they need 8.0 or newer")
+            continue
         n = m[1] + m[2]
         flags.append(f"-gencode=arch=compute_{n},code=sm_{n}")
         if m[3]:
@@ -83,26 +96,27 @@ def quote(path):
 
 
 def ninja_rules(folder, torch_home, nvcc):
-    archs = gencode(os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX"))
+    archs = gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX")
     warnings = "-Wall -Wno-maybe-uninitialized -Wno-psabi -Wno-ignored-attributes"
     defines = f"-DTORCH_TARGET_VERSION={TARGET}" + " -DSAE_CUDA -DUSE_CUDA" * bool(nvcc)
     # CUDA's runtime comes with libtorch_cuda: linking our own could bring a second one.
     libraries = f'-L"{torch_home}/lib" -ltorch_cpu -lc10' + " -ltorch_cuda" * bool(nvcc)
     return f"""
 builddir = {quote(folder)}
+# ninja quotes $in and $out itself, where a name needs it.
 rule cpp
   command = {CXX} -MMD -MF $out.d -std=c++20 -O3 -fno-math-errno -fPIC {warnings} {defines} $
-      -isystem "{torch_home}/include" -c "$in" -o "$out"
+      -isystem "{torch_home}/include" -c $in -o $out
   depfile = $out.d
   deps = gcc
   description = $in
 rule cu
-  command = "{nvcc}" -MMD -MF $out.d -std=c++17 -O3 -lineinfo -Xcompiler -fPIC {archs} -c "$in" -o "$out"
+  command = "{nvcc}" -MMD -MF $out.d -std=c++17 -O3 -lineinfo -Xcompiler -fPIC {archs} -c $in -o $out
   depfile = $out.d
   deps = gcc
   description = $in
 rule link
-  command = {CXX} -shared $in {libraries} -o "$out.tmp" && mv "$out.tmp" "$out"
+  command = {CXX} -shared $in {libraries} -o $out.tmp && mv $out.tmp $out
   description = $out
 """
 
@@ -121,6 +135,8 @@ class Build(build_ext):
             raise SystemExit(f"setup.py: no {error.name} to build with: install torch and ninja, then this "
                              "package by `pip install --no-build-isolation -e .`: so the build sees them")
         nvcc, why_not = find_nvcc(torch.version.cuda)
+        if nvcc and old_gpu():
+            nvcc, why_not = None, f"the kernels need Ampere or newer, which this {old_gpu()} is not"
         if why_not:
             say(f"building sae_csrc for the CPU only: {why_not}")
 

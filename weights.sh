@@ -98,7 +98,7 @@ declared_sha256() {     # URL
     done
     headers=$(tr -d '\r"' <<<"$answer" | tr 'A-Z' 'a-z')
     { sed -n 's/^x-linked-etag: *\([0-9a-f]\{64\}\)$/\1/p' <<<"$headers"
-      sed -n -e '/^$/q' -e 's/^etag: *\([0-9a-f]\{64\}\)$/\1/p' <<<"$headers"; } | head -n 1
+      sed -n -e '/^$/q' -e 's/^etag: *\([0-9a-f]\{64\}\)$/\1/p' <<<"$headers"; } | sed -n 1p    # not head: it would end before the second
 }
 
 # Download a URL to FILE.part from where it stands. A broken connection is taken up again as long as each

@@ -67,11 +67,14 @@ run has-cuda 60 "$python" -c "$usable"
 run device 10 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,memory.total --format=csv
 
 tests() { run "$1" 150 "$python" -m pytest -q -rs -p no:cacheprovider tests/test_ops.py -k "$2"; }
-sanitize() {  # TOOL attention|rest
+sanitize() {  # TOOL attention|itself|rest
     # A sanitizer makes kernels tens of times slower: small shapes, every kernel and every dtype.
     local attention='test_attention_errs and cuda and (3-5-1 or 1-1-0 or 17-17-5)'
     local rest='test_reparameterize and cuda and (shape0 or shape1) or test_feature_mse and cuda'
     rest+=' or test_group_norm_silu and cuda and not (shape1 or shape5 or shape6)'
+    # Under racecheck the process dies at an oracle's first bf16 product ("Internal Sanitizer Error"), so that
+    # attention is held against itself there.
+    local itself='cuda and (test_attention_of_views or same_bits)'
     # Our kernels alone; without torch's cache of memory, in whose large blocks memcheck would not see an
     # overrun; torch may try CUDA calls that fail, and handles it.
     run "$1-$2" 150 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
@@ -88,7 +91,7 @@ correctness() {
     tests tests-rest "$on_gpu and not attention and not group_norm" &
     sanitize memcheck attention &
     sanitize memcheck rest &
-    sanitize racecheck attention &
+    sanitize racecheck itself &
     sanitize racecheck rest &
     ops compile-ops 200 attention gaussian mse norm --rounds 1 &
     {

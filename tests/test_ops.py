@@ -778,6 +778,10 @@ def test_a_missing_a_broken_and_a_stale_extension_are_told_in_one_sentence(tmp_p
     (tmp_path / "broken.so").write_bytes(b"not a library")
     assert sae.load_csrc(tmp_path / "broken.so", ROOT / "csrc").startswith("broken.so does not load (")
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    for left_by_an_editor in ".norm.cu.swp", "norm.cu~":
+        (tmp_path / "csrc" / left_by_an_editor).touch()
+    (tmp_path / "csrc" / ".ipynb_checkpoints").mkdir()
+    assert sae.load_csrc(ROOT / "sae_csrc.so", tmp_path / "csrc") is None
     (tmp_path / "csrc" / "noise.h").write_text("// changed")
     assert sae.load_csrc(ROOT / "sae_csrc.so", tmp_path / "csrc") == "sae_csrc.so is older than csrc/"
     # Installed without its sources, it loads.

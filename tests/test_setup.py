@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 RUN_TIME = {"torch", "numpy", "PIL", "scipy", "lpips", "torchvision", "tqdm"}  # lpips brings the last two
@@ -123,6 +124,40 @@ def test_an_unknown_architecture_is_refused(tmp_path):
     run = setup_py(tmp_path, TORCH_CUDA_ARCH_LIST="Hopper")
     assert run.returncode
     assert "setup.py: TORCH_CUDA_ARCH_LIST has 'Hopper'; give numbers such as 8.0;9.0+PTX" in run.stderr
+
+
+@needs_compiler
+def test_it_builds_in_a_folder_of_any_name_and_leaves_out_architectures_that_are_too_old(tmp_path):
+    clone = tmp_path / "my projects, home@work"
+    (clone / "csrc").mkdir(parents=True)
+    shutil.copy(ROOT / "setup.py", clone)
+    (clone / "csrc" / "one.cpp").write_text("int one() { return 1; }\n")
+    run = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=clone,
+                         env=environment(TORCH_CUDA_ARCH_LIST="7.5 8.0"), capture_output=True, text=True)
+    assert run.returncode == 0 and (clone / "sae_csrc.so").exists(), run.stdout + run.stderr
+    assert "no kernels for architecture 7.5 of TORCH_CUDA_ARCH_LIST: they need 8.0 or newer" in run.stderr
+
+
+@needs_compiler
+@pytest.mark.skipif(not torch.version.cuda, reason="torch is a CPU build")
+@pytest.mark.parametrize("capability, too_old", [((7, 5), True), ((8, 0), False)])
+def test_where_a_gpu_is_too_old_for_the_kernels_only_the_cpu_part_is_built(tmp_path, capability, too_old):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch.cuda\ntorch.cuda.device_count = lambda: 1\n"
+        f"torch.cuda.get_device_capability = lambda i: {capability}\n"
+        "torch.cuda.get_device_name = lambda i: 'T4'\n")
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\necho release {torch.version.cuda}\n")
+    nvcc.chmod(0o755)
+    (tmp_path / "csrc").mkdir()
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    run = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tmp_path,
+                         env=environment(PYTHONPATH=str(tmp_path), CUDA_HOME=str(tmp_path)),
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    said = "building sae_csrc for the CPU only: the kernels need Ampere or newer, which this T4 is not"
+    assert (said in run.stderr) == too_old
 
 
 @pytest.fixture

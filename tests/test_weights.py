@@ -192,6 +192,11 @@ def test_an_etag_of_64_digits_is_a_checksum_too(run, server, file):
     assert run("--only", "dinov3")[0] == 0 and file.read_bytes() == BODY
 
 
+def test_a_linked_etag_counts_before_an_etag_of_64_digits(run, server, file):
+    server.headers[HUB] |= {"ETag": f'"{"0" * 64}"'}
+    assert run("--only", "dinov3")[0] == 0 and file.read_bytes() == BODY
+
+
 def test_another_repository_can_be_named(run, server, file):
     repo = "facebook/dinov3-vith16plus-pretrain-lvd1689m"
     path = f"/{repo}/resolve/main/model.safetensors"

@@ -207,6 +207,7 @@ def run_peer(name, setting, folder, out):
 
 def prepare(setting, folder):
     """Images, encoder, LPIPS trunk and, last, a stage-1 checkpoint that has learnt nothing, in `folder`."""
+    import lpips  # noqa: F401 (train.build needs it, after gigabytes have been written)
     import torchvision
     cfg, size, batch, widths, net = SETTINGS[setting]
     (folder / "images" / "noise").mkdir(parents=True, exist_ok=True)
