@@ -35,7 +35,7 @@ import torch.nn.functional as F
 import torchvision
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.models.inception import BasicConv2d, inception_v3
-from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop, ToPILImage
+from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, RandomResizedCrop, ToPILImage
 from tqdm import tqdm
 
 from common import (LPIPS, Help, ImageFolder, center_crop, check_launcher, check_output, command, load_crops,
@@ -582,7 +582,8 @@ class Crops(Dataset):
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)         # the crop depends on the draw alone, not on workers or ranks
-                image = RandomHorizontalFlip()(RandomResizedCrop(self.size)(image))
+                crop = RandomResizedCrop(self.size, interpolation=InterpolationMode.BICUBIC)
+                image = RandomHorizontalFlip()(crop(image))
         return i, torch.from_numpy(np.array(image)), self.labels[i]
 
 

@@ -10,6 +10,7 @@ tokens of n = C channels, and d is its width.
 import copy
 import json
 import math
+import zlib
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +39,7 @@ def add_options(p, mode):
     mode.add_argument("--decode", type=Path, metavar="PATH", help="write the images of latents to --out DIR")
     p.add_argument("--normalized", action="store_true", help="--decode z std + mean of latents_stats.pt")
     mode.add_argument("--generate", type=Path, metavar="PATH",
-                      help="train a DiT on the latents of an image or of a folder; --out DIR")
+                      help="train a DiT on the latents of an image or of a folder, held in memory; --out DIR")
     p.add_argument("--encoder", metavar="FILE", help="a DINOv3 file, in whose features samples are measured")
     p.add_argument("--target", default="v", choices=["v", "x"], help="what the DiT predicts; x: the latent")
     p.add_argument("--guidance", type=float, default=1.5, help="of samples by their class; 1 is none")
@@ -65,11 +66,11 @@ def run(args, device):
 def encode_folder(model, args):
     """Latents of the images of --encode in the folder --out, as LightningDiT's ImgLatentDataset reads them.
 
-    latents-00000.safetensors .. hold `latents` [M,C,h,w] fp16, `labels` [M] and, in the metadata, the files'
-    names; with --flip also `latents_flip` of the mirrored images, for which that loader asks at every second
-    item. latents_stats.pt holds `mean` and `std` [1,C,1,1] of `latents`, by which the loader normalises.
-    A shard that is there, made by the same weights from the same images and crop, is not made again. Each
-    rank makes its own shards.
+    latents-00000.safetensors .. hold `latents` [M,C,h,w] fp16 and `labels` [M], which are places in `classes`
+    of the metadata, where the files' `names` are, too; with --flip also `latents_flip`, of mirrored images,
+    for which that loader asks at every second item. latents_stats.pt holds `mean` and `std` [1,C,1,1] of
+    `latents`, by which the loader normalises. A shard that is there, made by the same weights from the same
+    images and crop, is not made again. Each rank makes its own shards.
     """
     folder, stats = ImageFolder(args.encode, option="--encode"), args.out / "latents_stats.pt"
     check_output(stats, folder)
@@ -84,7 +85,9 @@ def encode_folder(model, args):
                         "and would be read as one: move it away, or choose another --out")
 
     announce(model, crops, M, args)
-    about, sums = {"key": key, "images": str(args.encode.absolute()), "model": model.name}, 0
+    about = {"key": key, "images": str(args.encode.absolute()), "model": model.name,
+             "classes": json.dumps(folder.classes)}
+    sums = 0
     for shard, path in list(zip(shards, paths))[RANK::WORLD]:
         require(not path.exists() or load_metadata(path).get("key") == key,
                 f"{path} holds latents of another model, crop, --shard, --flip or images: delete it, or "
@@ -310,6 +313,13 @@ class Judge:
         parts = [[network(x) for network in self.networks.values()] for x in map(to_uint8, images)]
         return dict(zip(self.networks, map(torch.cat, zip(*parts))))
 
+    def notes(self):
+        """Lines on what the distances mean."""
+        dims = {name: features.shape[1] for name, features in self.test.items()}
+        small = [f"{name} is unreliable: {len(self.labels)} images cannot fill a covariance of {d} dimensions"
+                 for name, d in dims.items() if len(self.labels) <= d]
+        return small + [f"{name}: {net.protocol}" for name, net in self.networks.items() if name == "fid"]
+
     def compare(self, **kinds):
         """{fd_KIND, fid_KIND, class_KIND} of each kind of images; their labels are the test images'."""
         seen = {kind: self.look(images) for kind, images in kinds.items()}
@@ -374,8 +384,9 @@ class Generation:
 
         images = [identity(file) for file in train.files + test.files]
         options = {key: value for key, value in vars(args).items() if key.startswith("dit_")}
-        self.key = digest(model.identity or model.name, images, options, args.size, args.sample, args.seed,
-                          args.target)
+        # The weights of a peer may change unseen, but then its latents do.
+        weights = model.identity or (model.name, zlib.crc32(z.cpu().numpy().tobytes()))
+        self.key = digest(weights, images, options, args.size, args.sample, args.seed, args.target)
 
     def choose(self, test, most=8):
         """The handful of evenly spaced test images x [K,3,S,S] on which losses are compared."""
@@ -505,3 +516,5 @@ def generate_all(args, device):
     print_table(rows, {"n": 0, "floor": 4, "latent_loss": 4, "rgb_l1": 4, "rgb_psnr": 2,
                        "reconstruction_psnr": 2, "fd_gen": 3, "fd_rec": 3, "fid_gen": 2, "fid_rec": 2,
                        "class_gen": 1, "class_rec": 1, "class_test": 1})
+    for line in judge.notes() if judge else ():
+        print(" ", line)

@@ -712,13 +712,27 @@ def test_samples_of_a_folder_are_measured_beside_reconstructions(
     assert sae["step"] == 6 and "floor" not in sae and exact["fd_rec"] == pytest.approx(0, abs=1e-6)
     assert exact["class_rec"] == exact["class_test"] == sae["class_test"]
     assert 0 <= sae["class_gen"] <= 100 and sae["fd_gen"] > 0
-    header, *rows = capsys.readouterr().out.splitlines()
+    header, *rows, note = capsys.readouterr().out.splitlines()
     assert header.split()[-5:] == ["fd_gen", "fd_rec", "class_gen", "class_rec", "class_test"]
     assert len(rows) == 2
+    assert note == "  fd is unreliable: 21 images cannot fill a covariance of 128 dimensions"
     assert rows[0].split()[-1] == f"{sae['class_test']:.1f}"
     for name, size in ("samples", (8 * 32, 3 * 32)), ("000006", (7 * 32, 8 * 32)):
         with Image.open(tmp_path / f"0-last/{name}.png") as grid:
             assert grid.size == size
+
+
+def test_the_dit_of_a_peer_whose_weights_have_changed_is_not_gone_on_with(photos, tmp_path):
+    def words(scale):
+        (tmp_path / "peer.py").write_text("class Peer:\n"
+                                          f"    encode = staticmethod(lambda x: {scale} * x)\n"
+                                          f"    decode = staticmethod(lambda z: z / {scale})\n")
+        return [f"{tmp_path / 'peer.py'}:Peer", "--generate", photos / "red/03.png", *TINY_DIT,
+                "--out", tmp_path / "out"]
+
+    for _ in range(2):
+        command(*words(1))
+    assert "of other weights, images or options: delete it" in refusal(*words(2))
 
 
 def test_an_interrupted_training_of_the_dit_goes_on_exactly(
@@ -889,6 +903,8 @@ def test_encoded_latents_are_read_by_lightningdits_rules(photos, checkpoint, tmp
         assert any(either)
         drawn.append(either.index(True))
     assert 0 < sum(drawn) < 42                  # the loader has read both
+    with safe_open(tmp_path / "l/latents-00000.safetensors", framework="pt") as tensors:
+        assert json.loads(tensors.metadata()["classes"]) == ImageFolder(photos).classes
 
 
 def test_encoded_latents_are_those_of_the_model_with_their_mean_and_std(photos, checkpoint, tmp_path):
