@@ -1,6 +1,7 @@
 """Understanding and generation in one space: small DiTs on the latents of the miniature's autoencoders.
 
-    python tests/miniature.py --rows Freeze "reg 100" E2E VAE --waves 4 12 --steps 300 2200 --out .miniature
+    python tests/miniature.py --rows "Freeze, all steps" "reg 100" E2E VAE --waves 4 12 --steps 300 2200 \\
+        --out .miniature
     python tests/generation.py --runs .miniature
     python tests/generation.py --runs .photos --rows "reg 100" E2E --steps 4000 200 --images 0      # photos
 
@@ -134,8 +135,9 @@ def image_table(found):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--runs", type=Path, default=Path(".miniature"), help="--out of tests/miniature.py")
-    p.add_argument("--rows", nargs="+", default=["Freeze", "reg 100", "E2E", "VAE"], choices=list(ROWS),
-                   metavar="ROW", help="default: Freeze, reg 100, E2E, VAE")
+    rows = ["Freeze, all steps", "reg 100", "E2E", "VAE"]
+    p.add_argument("--rows", nargs="+", default=rows, choices=list(ROWS), metavar="ROW",
+                   help=f"default: {'; '.join(rows)}")
     p.add_argument("--steps", type=int, nargs=2, default=(6000, 200), help="of a DiT, in 1. and in 2.")
     p.add_argument("--images", type=int, default=3, help="of 2.; 0 leaves it out")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of 2.")

@@ -126,7 +126,8 @@ def test_the_tables_are_of_the_rows_that_are_kept_and_the_readmes_are_of_those_t
         assert (ROOT / f"tests/{name}.md").read_text() == miniature.table(
             miniature.read_results(ROOT / "tests" / name))
 
-    written = "".join((ROOT / f"tests/{name}.md").read_text() for name in ("tradeoff", "photos", "generation"))
+    names = "tradeoff", "photos", "generation"
+    written = "".join((ROOT / f"tests/{name}.md").read_text() for name in names)
     tables = re.findall(r"(?:^\|.*\n)+", (ROOT / "README.md").read_text(), re.MULTILINE)
     shown = [table for table in tables if table.startswith(("| row |", "| DiT on |"))]
     assert len(shown) == 2
