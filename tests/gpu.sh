@@ -72,8 +72,8 @@ sanitize() {  # TOOL attention|itself|rest
     local attention='test_attention_errs and cuda and (3-5-1 or 1-1-0 or 17-17-5)'
     local rest='test_reparameterize and cuda and (shape0 or shape1) or test_feature_mse and cuda'
     rest+=' or test_group_norm_silu and cuda and not (shape1 or shape5 or shape6)'
-    # Under racecheck the process dies at an oracle's first bf16 product ("Internal Sanitizer Error"), so that
-    # attention is held against itself there.
+    # Under racecheck the process died at the first test of bf16 attention ("Internal Sanitizer Error"),
+    # perhaps at its oracle's product: there attention is held against itself.
     local itself='cuda and (test_attention_of_views or same_bits)'
     # Our kernels alone; without torch's cache of memory, in whose large blocks memcheck would not see an
     # overrun; torch may try CUDA calls that fail, and handles it.

@@ -67,8 +67,8 @@ ROWS = {                                        # (options of stage 1, --reg of 
 DEMO = ("Freeze", "reg 100", "E2E")
 LOOK_FOR = """
 What to look for, after as many steps as by default:
-  Freeze:  the frozen encoder tells the decoder the shape and its place, and hardly any colour.
-  reg 100: the colours come back, and the stripes and checks of the grounds; the probe holds.
+  Freeze:  in stage 1's few steps the decoder has learned shapes and places, and hardly any colour.
+  reg 100: with more steps come the colours, and the stripes and checks of the grounds; the probe holds.
   E2E:     colours and outlines are the best, and the probe collapses: the semantics are gone."""
 PAPER = {                                       # probe %, PSNR on ImageNet 256
     "Freeze": (88.4, 19.39), "reg 500": (87.0, 29.74), "reg 200": (86.1, 32.21), "reg 100": (81.9, 33.84),
