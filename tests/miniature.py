@@ -405,9 +405,10 @@ def draw_figure(rows, path):
 
 def draw_rows(rows, path, columns=(), side=128):
     """A PNG of {label: images uint8 [n,S,S,3]}, a row each, enlarged to `side`, with names of the columns."""
-    label, top, n = 110, 30 if columns else 0, max(map(len, rows.values()))
+    font, top, n = ImageFont.load_default(20), 30 if columns else 0, max(map(len, rows.values()))
+    label = max(110, *(int(font.getlength(name)) + 16 for name in rows))
     picture = Image.new("RGB", (label + n * side, top + len(rows) * side), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(20)
+    pen = ImageDraw.Draw(picture)
     for x, name in enumerate(columns):
         pen.text((label + x * side + 4, 4), name, fill="black", font=font)
     for y, (name, images) in enumerate(rows.items()):
