@@ -625,7 +625,7 @@ signals = []                                                    # (signal, when 
 
 def on_signal(signum, frame):
     """The first signal ends the run after the step at hand, with a checkpoint; a later one, at once."""
-    # Not one within that second: `timeout` sends its own twice, to the process and to its group.
+    # Not one within a second: `timeout` sends its own twice, to the process and to its group.
     if signals and time.monotonic() > signals[0][1] + 1:
         os._exit(128 + signum)
     signals.append((signum, time.monotonic()))

@@ -97,8 +97,9 @@ declared_sha256() {     # URL
         sleep 1
     done
     headers=$(tr -d '\r"' <<<"$answer" | tr 'A-Z' 'a-z')
+    # Not head, which may end before the second sed has written.
     { sed -n 's/^x-linked-etag: *\([0-9a-f]\{64\}\)$/\1/p' <<<"$headers"
-      sed -n -e '/^$/q' -e 's/^etag: *\([0-9a-f]\{64\}\)$/\1/p' <<<"$headers"; } | sed -n 1p    # not head: it would end before the second
+      sed -n -e '/^$/q' -e 's/^etag: *\([0-9a-f]\{64\}\)$/\1/p' <<<"$headers"; } | sed -n 1p
 }
 
 # Download a URL to FILE.part from where it stands. A broken connection is taken up again as long as each
