@@ -101,11 +101,11 @@ def train(run):
                     term["lpips"] = run.lpips(xhat, x).mean()
                 if args.stage == 2:
                     term["kl"] = kl.mean()
-                    if args.reg or log:
-                        with torch.no_grad():
-                            _, _, target = run.teacher(x)                            # patch tokens [B,N,D]
-                        # Reading: of the patch tokens after the final norm. CLS is not held: see eval.py.
-                        term["mse"] = feature_mse(patches, target)
+                if args.stage == 2 and (args.reg or log):       # with --reg 0 it is only measured
+                    with torch.no_grad():
+                        _, _, target = run.teacher(x)                                # patch tokens [B,N,D]
+                    # Reading: of the patch tokens after the final norm. CLS is not held: see eval.py.
+                    term["mse"] = feature_mse(patches, target)
                 if args.gan and run.step >= args.gan_start:
                     disc.requires_grad_(False)                  # the gradient goes through D, not into it
                     term["gan"] = generator_loss(disc(xhat).float())

@@ -326,7 +326,7 @@ def test_two_megabytes_of_compressed_text_or_profile_make_no_bad_image(chunk, tm
     assert PngImagePlugin.MAX_TEXT_CHUNK >= 2_000_000
 
 
-class Stream(torch.utils.data.Dataset):
+class MillionCrops(torch.utils.data.Dataset):
     """A million crops, of which every `every`-th has met a bad file."""
 
     def __init__(self, every):
@@ -342,7 +342,7 @@ class Stream(torch.utils.data.Dataset):
 @pytest.mark.parametrize("every, stopped", [(25, True), (110, False)])
 def test_too_many_bad_files_stop_a_rank_before_it_has_seen_all_files(every, stopped, capsys):
     args = SimpleNamespace(batch=50, workers=0)
-    crops = common.batches(Stream(every), range(200), args, rank=5, world=8)
+    crops = common.batches(MillionCrops(every), range(200), args, rank=5, world=8)
     if stopped:
         with pytest.raises(ValueError, match="more than 1 % of the 1000000 images cannot be used, such as"):
             list(crops)
