@@ -32,7 +32,7 @@ from sae_weights import assign, config_of_dinov3, export, load_sae, load_tensors
 # ------------------------------------------------------------------ ops
 # Each op has one public function and a readable reference beside it. csrc/ holds the same ops in C++ and CUDA
 # for float32, bfloat16 and float16; the reference takes what csrc does not serve: float64, heads that are not
-# 64 wide, other devices.
+# 64 wide, other devices that have float64.
 
 def wide(x):
     """x in fp32, or as it is when it is wider."""
@@ -290,9 +290,10 @@ def register_csrc():
 
 HERE = Path(__file__).resolve().parent
 NO_CSRC = load_csrc(HERE / "sae_csrc.so", HERE / "csrc")
-if NO_CSRC is None:
+if NO_CSRC is None and not getattr(torch.ops.sae, "registered", False):
     register_csrc()
-elif os.environ.get("LOCAL_RANK", "0") == "0":
+    torch.ops.sae.registered = True             # once in a process: a notebook may load this file again
+elif NO_CSRC and os.environ.get("LOCAL_RANK", "0") == "0":
     print(f"sae: {NO_CSRC}: the slower reference ops serve; "
           "`pip install --no-build-isolation -e .` builds it", file=sys.stderr)
 
@@ -407,11 +408,11 @@ class DINOv3(nn.Module):
         self.patch_embed = nn.Conv2d(3, D, self.patch, self.patch)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(D, eps=cfg.eps)
-        # Moved from [0,1] to [-1,1]. The device is named because from_pretrained builds the rest on "meta".
-        mean = torch.tensor(cfg.mean, dtype=torch.float32, device="cpu").view(3, 1, 1) * 2 - 1
-        std = torch.tensor(cfg.std, dtype=torch.float32, device="cpu").view(3, 1, 1) * 2
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        # Moved from [0,1] to [-1,1]; on a device that has values also where from_pretrained uses "meta".
+        device = "cpu" if self.cls_token.is_meta else self.cls_token.device
+        mean, std = torch.tensor([cfg.mean, cfg.std], dtype=torch.float32, device=device)[..., None, None]
+        self.register_buffer("mean", mean * 2 - 1, persistent=False)            # [3,1,1]
+        self.register_buffer("std", std * 2, persistent=False)
         for p in self.parameters():
             if p.dim() > 1:
                 nn.init.trunc_normal_(p, std=0.02)
@@ -443,7 +444,8 @@ class DINOv3(nn.Module):
         Where config.json or preprocessor_config.json stands beside the weights, it decides what tensors do
         not tell: heads, RoPE base, activation, eps, mean and std of images. Without them, those of Meta's
         models on LVD-1689M count. A prefix that all names share (module., _orig_mod., backbone., teacher.)
-        is dropped. A tensor that has `dtype` already stays in the mapped file until it is written to.
+        is dropped. A tensor that has `dtype` already stays in the mapped file until it is written to, but for
+        Q, K and V of Hugging Face's files, which are packed into one.
 
         Raises ValueError, which names it, for what is not implemented, and for a tensor that is missing, left
         over, of another shape, or holds NaN or infinity.
@@ -618,7 +620,7 @@ class SAE(nn.Module):
             raise ValueError("f must be 16, 32 or 64 with at most log2(f) + 1 decoder widths, "
                              f"not f {cfg.f} with widths {cfg.widths}")
         self.config = cfg
-        self.encoder = encoder or DINOv3(cfg.encoder)
+        self.encoder = DINOv3(cfg.encoder) if encoder is None else encoder
         self.down = downsample(cfg)
         self.to_latent = nn.Conv2d(cfg.encoder.width, 2 * cfg.z_dim, 1)
         # Reading: the paper names no initialisation. At PyTorch's, logvar is about 0 and the noise as strong
@@ -652,13 +654,14 @@ class SAE(nn.Module):
         return z * std + mean
 
     def latent_statistics(self):
-        """latent_mean and latent_std as [z_dim,1,1]. ValueError when they have not been computed."""
-        require(not self.latent_mean.isnan().any() and not self.latent_std.isnan().any(),
+        """latent_mean and latent_std as [z_dim,1,1]. ValueError while they are NaN; not in a compiled graph."""
+        require(torch.compiler.is_compiling() or not (self.latent_mean + self.latent_std).isnan().any(),
                 "latent_mean and latent_std are absent: train.py computes them at the last step of a run")
         return self.latent_mean[:, None, None], self.latent_std[:, None, None]
 
     def forward(self, x, seed, offset=0):
         """One training pass: xhat [B,3,H,W], kl [B], the student's patch tokens [B,N,D]."""
+        check_images(x, self.config.f)
         patches = self.encoder(x)[2]
         q = self.posterior(patches, x.shape[2] // DINOv3.patch, x.shape[3] // DINOv3.patch)
         z, kl = reparameterize(q.mu, q.logvar, seed, offset)

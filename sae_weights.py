@@ -124,12 +124,13 @@ def download(name):
 
 def export(weights, config, folder, dtype, scores):
     """Write what sae.SAE.save_pretrained promises: `weights` by name, `config` a sae.SAEConfig as a dict."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()                     # a link's target, to which `part` can be renamed
     part = Path(f"{folder}.tmp")
     require(not folder.exists() or folder.is_dir() and not any(folder.iterdir()),
             f"{folder} holds something already: name a new folder, or remove what is there")
     # The statistics of the latent stay as they are: they are few, and what normalize gives depends on them.
-    weights = {name: t if dtype is None or name.startswith("latent_") else t.to(dtype)
+    weights = {name.replace("_orig_mod.", ""):          # of parts that torch.compile wraps
+               t if dtype is None or name.startswith("latent_") else t.to(dtype)
                for name, t in weights.items()}
     encoder = {name.removeprefix("encoder."): t for name, t in weights.items() if name.startswith("encoder.")}
 
@@ -323,7 +324,7 @@ def config_of_dinov3(tensors, path, Config):
     periods = tensors.pop("rope_embed.periods", None)               # Meta's files: base^(4j / head_dim)
     if periods is not None:
         head_dim = 4 * len(periods)
-        expected = Config.rope_base ** torch.linspace(0, 1, len(periods) + 1)[:-1]
+        expected = Config.rope_base ** torch.linspace(0, 1, len(periods) + 1, device=periods.device)[:-1]
         require(torch.allclose(periods.float(), expected, rtol=0.01),
                 f"{path} has RoPE periods of another base than {Config.rope_base}: not implemented")
     try:

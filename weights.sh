@@ -15,7 +15,8 @@ eval.py --fd timm:NAME downloads its network by itself. The field reports vit_la
 vit_large_patch14_clip_224.openai and vit_large_patch16_224.mae.
 
   --only WHAT        one of the three
-  --repo OWNER/NAME  the encoder's repository on the hub, instead of timm's copy, which asks for no token.
+  --repo OWNER/NAME  the encoder's repository on the hub, instead of timm's copy, which asks for no token: its
+                     model.safetensors alone, under SIZE's name.
                      For facebook/dinov3-vith16plus-pretrain-lvd1689m, say, HF_TOKEN must hold the token of
                      an account that has accepted the licence
 
@@ -207,6 +208,8 @@ if [[ -z $only || $only == dinov3 ]]; then
     say "DINOv3's weights are under Meta's DINOv3 License," \
         "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
     repo=${repo:-timm/vit_${name}_patch16_dinov3.lvd1689m}
+    [[ $repo != *sat493m* ]] || die "$repo takes images of another mean and std: put its weights and its" \
+        "config.json or preprocessor_config.json into a folder of their own, for --encoder"
     get "dinov3-$size.safetensors" "$HF_ENDPOINT/$repo/resolve/main/model.safetensors"
 fi
 if [[ -z $only || $only == vgg16 ]]; then

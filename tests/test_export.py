@@ -109,6 +109,21 @@ def test_bf16_halves_the_files_and_comes_back_as_fp32_with_exact_statistics(smal
     assert encoder.dtype == torch.bfloat16
 
 
+def test_compiled_parts_are_written_under_their_own_names(small, tmp_path):
+    sae = model()
+    sae.encoder, sae.decoder = (torch.compile(part, backend="eager") for part in (sae.encoder, sae.decoder))
+    sae.save_pretrained(tmp_path / "model")
+    assert equal(SAE.from_pretrained(tmp_path / "model").state_dict(), small.state_dict())
+
+
+def test_a_link_to_an_empty_folder_is_filled(small, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "disk")
+    small.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model").is_symlink() and equal(
+        SAE.from_pretrained(tmp_path / "disk").state_dict(), small.state_dict())
+
+
 def test_an_exported_model_needs_sae_py_and_sae_weights_py_torch_and_numpy_alone(small, exported, tmp_path):
     for name in "sae.py", "sae_weights.py":
         shutil.copy(ROOT / name, tmp_path)

@@ -402,6 +402,13 @@ def test_sides_that_the_patches_do_not_divide_are_refused(side, tiny):
         tiny.encoder(torch.zeros(1, 3, *side))
 
 
+def test_sides_that_f_does_not_divide_are_refused():
+    model = SAE(SAEConfig(DINOv3Config(64, 1, 64, 128), z_dim=8, widths=(8,), blocks=1, f=32))
+    for f in model.encode, lambda x: model(x, seed=0):
+        with pytest.raises(ValueError, match="multiples of 32"):
+            f(torch.zeros(1, 3, 48, 48))
+
+
 @pytest.mark.parametrize("x", [
     torch.zeros(3, 32, 32), torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
 ], ids=["3 axes", "1 channel", "uint8"])
@@ -579,6 +586,8 @@ def test_normalize_has_mean_0_and_deviation_1_and_denormalize_is_its_inverse(tin
     std, mean = torch.std_mean(y, (0, 2, 3), correction=0)
     assert torch.allclose(mean, torch.zeros(8), atol=1e-6) and torch.allclose(std, torch.ones(8), atol=1e-6)
     assert torch.allclose(model.denormalize(y), z, atol=1e-5)
+    compiled = torch.compile(model.denormalize, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(y), model.denormalize(y))
 
 
 def test_latent_statistics_are_nan_until_they_are_computed_and_their_use_is_refused(tiny):
@@ -587,6 +596,24 @@ def test_latent_statistics_are_nan_until_they_are_computed_and_their_use_is_refu
     for f in tiny.normalize, tiny.denormalize:
         with pytest.raises(ValueError, match="latent_mean and latent_std are absent"):
             f(z)
+
+
+def test_a_compiled_encoder_can_be_handed_over(tiny):
+    encoder = torch.compile(tiny.encoder, backend="eager")
+    assert SAE(tiny.config, encoder).encoder is encoder
+
+
+def test_sae_can_be_loaded_again_in_one_process():
+    code = """
+import importlib, torch, sae
+sae = importlib.reload(sae)
+x = torch.ones(1, 4, requires_grad=True)
+sae.feature_mse(x, torch.zeros(1, 4)).backward()
+assert torch.equal(x.grad, torch.full((1, 4), 0.5))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(sae.__file__).parent, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_sae_imports_and_loads_without_modules_that_only_unix_has(tmp_path):

@@ -321,6 +321,7 @@ def test_a_file_without_a_checksum_is_not_downloaded(run, server, file):
 
 @pytest.mark.parametrize("args, word", [
     (["xl"], "'xl'"), (["--only", "vgg19"], "'vgg19'"), (["--only"], "--only"), (["--repo", "x"], "'x'"),
+    (["--repo", "timm/vit_large_patch16_dinov3.sat493m"], "another mean and std"),
     (["--fast"], "--fast")])
 def test_a_wrong_option_is_named(run, server, args, word):
     code, said = run(*args)
