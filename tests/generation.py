@@ -12,20 +12,21 @@
    and the width d is less than the latent's n channels, the latent loss has a floor of 1 - d / n (RAE,
    Theorem 1).
 
-All of it is `eval.py --generate`: the commands are printed, and go on where they were interrupted. --results
-names the tables (.md) and a picture of samples (.png), without their endings. The runs of
-tests/photos-generation.md are those of miniature.py's last example with --size 64 --steps 600 2400 --gan 0.
+All of it is `eval.py --generate`: the commands are printed, and go on where they were interrupted.
+RUNS/generation.md has the tables, RUNS/generation.png samples. The runs of tests/photos-generation.md are
+those of miniature.py's last example with --size 64 --steps 600 2400 --gan 0.
 """
 import argparse
 import itertools
 import json
 import statistics
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from miniature import ROWS, draw_rows, markdown, mean_and_spread, row_folders, run, side_by_side
+from miniature import ROWS, draw_rows, markdown, mean_and_spread, result_file, row_folders, run, side_by_side
 from PIL import Image
 
 from common import ImageFolder
@@ -71,7 +72,7 @@ def from_folder(models, args):
     for row, folder in models.items():
         grid = np.asarray(Image.open(out / folder.name / "0-last/samples.png"))          # [classes S,8 S,3]
         pictures[row] = [grid[y:y + S, :S] for y in range(0, len(grid), S)][:SHOWN]
-    draw_rows(pictures, Path(f"{args.results}.png"), ImageFolder(images / "val").classes[:SHOWN])
+    draw_rows(pictures, args.runs / "generation.png", ImageFolder(images / "val").classes[:SHOWN])
     return {row: found[row] for row in models}
 
 
@@ -142,20 +143,20 @@ def main():
     p.add_argument("--images", type=int, default=3, help="of 2.; 0 leaves it out")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of 2.")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the cores")
-    p.add_argument("--out", type=Path, help="default RUNS/generation")
-    p.add_argument("--results", type=Path, help="default RUNS/generation")
     args = p.parse_args()
     args.runs = args.runs.resolve()
-    args.out = (args.out or args.runs / "generation").resolve()
-    args.results = (args.results or args.out).resolve()
+    args.out = args.runs / "generation"
     args.settings = json.loads((args.runs / "settings.json").read_bytes())
 
-    models = {row: row_folders(row, 0, SimpleNamespace(out=args.runs))[1] for row in args.rows}
-    args.results.parent.mkdir(parents=True, exist_ok=True)
+    made = SimpleNamespace(out=args.runs)       # what the functions of miniature.py read of its options
+    missing = [row for row in args.rows if not result_file(row, 0, made).exists()]
+    if missing:
+        sys.exit(f"{args.runs} has no finished {', '.join(missing)} of seed 0: tests/miniature.py makes them")
+    models = {row: row_folders(row, 0, made)[1] for row in args.rows}
     text = folder_table(from_folder(models, args))
     if args.images:
         text += CAPTION + image_table(from_images(models, args))
-    write(Path(f"{args.results}.md"), lambda file: file.write(text.encode()))
+    write(args.runs / "generation.md", lambda file: file.write(text.encode()))
     print("\n" + text)
 
 

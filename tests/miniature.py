@@ -4,12 +4,14 @@
     python tests/miniature.py --rows all --seeds 0 1 2 --waves 4 12 --steps 300 2200 \\
         --out .miniature                                                # make miniature: all, finer textures
     python tests/miniature.py --out .photos --data photos --encoder dinov3.safetensors --size 128 \\
-        --widths 256 192 96 48 24 --steps 500 1500 --gan 1 --lpips-net squeeze --inception inception.pth \\
-        --lpips-weights squeezenet1_1.safetensors --rows Freeze "reg 500" "reg 200" "reg 100" E2E
+        --widths 256 192 96 48 24 --steps 500 1500 --gan 1 --precision bf16 --lpips-net squeeze \\
+        --lpips-weights squeezenet1_1.safetensors --inception inception.pth \\
+        --rows Freeze "reg 500" "reg 200" "reg 100" E2E
 
 Without --data it draws its images and trains its own teacher. A row of the table is a train.py command, which
-is printed, and its scores a JSON file in --results: a row that is there is not made again, so that hours of
-work can be interrupted, and go on. Beside the folder --results lie its table as .md and its figure as .png.
+is printed, and its scores a JSON file in OUT/rows: one that is there is not made again, so that hours of
+work can be interrupted, and go on. OUT/rows.md is their table, OUT/rows.png the figure. tests/tradeoff holds
+the rows of the second command, tests/photos those of the third.
 """
 import argparse
 import itertools
@@ -247,7 +249,7 @@ def train(folder, stage, name, seed, args, paths, *options):
     if args.lpips_weights:
         lpips = ["--lpips", "10", "--lpips-net", args.lpips_net, "--lpips-weights", args.lpips_weights]
     precision = ["--precision", args.precision] if args.precision else []
-    resume = ["--resume"] if (folder / "last.pt").exists() else []
+    resume = ["--resume"] if any(folder.glob("last*.pt")) else []
     encoder = paths["random" if name == "VAE" else "encoder"]
     run("train.py", "--stage", stage, "--data", str(paths["train"]), "--encoder", str(encoder), "--seed",
         str(seed), "--size", str(args.size), "--batch", str(args.batch), "--lr", args.lr[0], "--warmup", "50",
@@ -263,6 +265,11 @@ def row_folders(name, seed, args):
     return first, first if reg is None else first.with_name(f"{first.name}-reg{reg}")
 
 
+def result_file(name, seed, args):
+    """The JSON of a row that is done."""
+    return args.out / "rows" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-seed{seed}.json"
+
+
 def train_stage1(name, seed, args, paths):
     (stage1, _), (first, _) = ROWS[name], row_folders(name, seed, args)
     words = {"QUARTER": str(paths["width"] // 4), "ALL": str(sum(map(int, args.steps)))}
@@ -273,15 +280,15 @@ def train_stage1(name, seed, args, paths):
         (first / "done").touch()
 
 
-def make_row(name, seed, result, args, paths):
-    """Stage 2, unless the row has none, and its scores -> the JSON file `result`."""
+def make_row(name, seed, args, paths):
+    """Stage 2, unless the row has none, and its scores -> the row's JSON file."""
     (_, reg), (first, folder) = ROWS[name], row_folders(name, seed, args)
     if reg is not None:
         train(folder, "2", name, seed, args, paths, "--steps", args.steps[1], "--reg", reg,
               "--init", str(first / "last.pt"), "--encoder-lr", args.lr[1])
     row = {"row": name, "seed": seed, "scores": score_row(folder, args, paths),
            "settings": portable(args.settings), "torch": torch.__version__}
-    write(result, lambda file: file.write(json.dumps(row, indent=1).encode() + b"\n"))
+    write(result_file(name, seed, args), lambda file: file.write(json.dumps(row, indent=1).encode() + b"\n"))
 
 
 def score_row(folder, args, paths):
@@ -379,7 +386,7 @@ def table(rows):
 
 
 def draw_figure(rows, path):
-    """Probe against PSNR: the rows, with their spread, and beside them the paper's on axes of their own."""
+    """Probe against PSNR: the rows with their spread, the upper ones again, enlarged, and the paper's."""
     try:
         import matplotlib
     except ImportError:
@@ -387,19 +394,24 @@ def draw_figure(rows, path):
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, (ours, papers) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
-    marker = dict(zip(ROWS, "oHsD^v<>PX*hdp8"))
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    marker, colours = dict(zip(ROWS, "oHsD^v<>PX*hdp8")), dict(zip(ROWS, pyplot.colormaps["tab20"].colors))
     for name, scores in rows.items():
         x, y = ([s[column] for s in scores] for column in ("PSNR", "probe"))
         spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in (x, y)]
-        ours.errorbar(statistics.mean(x), statistics.mean(y), xerr=spread[0], yerr=spread[1], capsize=3,
-                      fmt=marker[name], label=name)
+        for ours in axes[:2]:
+            ours.errorbar(statistics.mean(x), statistics.mean(y), xerr=spread[0], yerr=spread[1], capsize=3,
+                          fmt=marker[name], color=colours[name], label=name)
     for name, (probe, db) in PAPER.items():
-        papers.plot(db, probe, marker[name], color="grey", label=name)
-    for axes in ours, papers:
-        axes.legend(loc="lower left", fontsize=8)
-    ours.set(title="measured here", xlabel="PSNR, dB", ylabel="linear probe, %", ylim=(0, 105))
-    papers.set(title="the paper's, ImageNet 256", xlabel="PSNR, dB", ylim=(0, 105))
+        axes[2].plot(db, probe, marker[name], color="grey", label=name)
+
+    top = max(statistics.mean(s["probe"] for s in scores) for scores in rows.values())
+    limits = {"measured here": (0, 105), "its upper part": (top - 8, top + 1),
+              "the paper's, ImageNet 256": (0, 105)}
+    for plot, (title, ylim) in zip(axes, limits.items()):
+        plot.set(title=title, xlabel="PSNR, dB", ylabel="linear probe, %", ylim=ylim)
+    for plot in axes[0], axes[2]:
+        plot.legend(loc="lower left", fontsize=8)
     write(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
@@ -494,7 +506,6 @@ def options():
     p.add_argument("--lpips-weights", help="torchvision's trunk; without it the LPIPS term is off")
     p.add_argument("--inception", help="FID's Inception; without it there is no FID")
     p.add_argument("--out", type=Path, default=Path(".demo"))
-    p.add_argument("--results", type=Path, help="folder of a JSON for each row and seed; default OUT/rows")
     args = p.parse_args()
     if bool(args.data) != bool(args.encoder):
         p.error("--data and --encoder go together: both are yours, or both are made here")
@@ -503,8 +514,7 @@ def options():
     if args.data:
         args.waves = None                       # which drawn images alone have
     args.out = args.out.resolve()
-    args.results = (args.results or args.out / "rows").resolve()
-    for name in ("lpips_weights", "inception"):
+    for name in "data", "encoder", "lpips_weights", "inception":
         if getattr(args, name):
             setattr(args, name, str(Path(getattr(args, name)).resolve()))
     return args
@@ -515,7 +525,7 @@ def prepare(args):
     data, encoder = args.out / "images", args.out / "teacher.safetensors"
     if args.data:
         link_images(args.data, data)
-        encoder = Path(args.encoder).resolve()
+        encoder = Path(args.encoder)
     elif not encoder.exists():                  # it is written last, and whole
         drawn = draw_images(data, 200, args.size, args.waves)
         print(f"drew {len(SHAPES)} x 200 images of {args.size}x{args.size} into {data}", flush=True)
@@ -538,42 +548,36 @@ def portable(settings):
 
 
 def check_settings(args):
-    """The options that decide numbers. Ends the program where --out or --results holds those of others."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "results", "rows", "seeds", "jobs")}
+    """The options that decide numbers. Ends the program where --out holds those of others."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "rows", "seeds", "jobs")}
     settings = json.loads(json.dumps(settings))         # tuples become lists, as in the files
-    own, wanted = args.out / "settings.json", portable(settings)
-    for file in [own] * own.exists() + sorted(args.results.glob("*.json")):
-        kept = json.loads(file.read_bytes())
-        kept = portable(kept.get("settings", kept))
-        differ = [f"--{k.replace('_', '-')}" for k in wanted if wanted[k] != kept.get(k)]
-        if differ:
-            sys.exit(f"{file} was made with another {', '.join(differ)}: give what it was made with, or name "
-                     "another --out and --results")
-    write(own, lambda file: file.write(json.dumps(settings, indent=1).encode() + b"\n"))
+    file, wanted = args.out / "settings.json", portable(settings)
+    kept = portable(json.loads(file.read_bytes())) if file.exists() else wanted
+    differ = [f"--{k.replace('_', '-')}" for k in wanted if wanted[k] != kept.get(k)]
+    if differ:
+        sys.exit(f"{args.out} was made with another {', '.join(differ)}: give what it was made with, or name "
+                 "another --out")
+    write(file, lambda file: file.write(json.dumps(settings, indent=1).encode() + b"\n"))
     return settings
 
 
 def main():
     args, start, paths = options(), time.time(), None
-    for folder in args.out, args.results:
-        folder.mkdir(parents=True, exist_ok=True)
+    (args.out / "rows").mkdir(parents=True, exist_ok=True)
     args.settings = check_settings(args)
-    wanted = {}                                 # (row, seed): its JSON, which is not there yet
-    for seed, name in itertools.product(args.seeds, args.rows):
-        result = args.results / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-seed{seed}.json"
-        if not result.exists() and not (name in BREAKS and seed != args.seeds[0]):
-            wanted[name, seed] = result
+    wanted = [(name, seed) for seed, name in itertools.product(args.seeds, args.rows)
+              if not result_file(name, seed, args).exists()
+              and not (name in BREAKS and seed != args.seeds[0])]
 
     if wanted:
         paths = prepare(args)
         first = {row_folders(*row, args)[0]: row for row in wanted}         # one stage 1 serves many rows
         side_by_side(args.jobs, [partial(train_stage1, *row, args, paths) for row in first.values()])
-        side_by_side(args.jobs, [partial(make_row, *row, result, args, paths)
-                                 for row, result in wanted.items()])
+        side_by_side(args.jobs, [partial(make_row, *row, args, paths) for row in wanted])
 
-    rows = read_results(args.results)
-    write(Path(f"{args.results}.md"), lambda file: file.write(table(rows).encode()))
-    draw_figure(rows, Path(f"{args.results}.png"))
+    rows = read_results(args.out / "rows")
+    write(args.out / "rows.md", lambda file: file.write(table(rows).encode()))
+    draw_figure(rows, args.out / "rows.png")
     print("\n" + table(rows))
     folders = {name: row_folders(name, args.seeds[0], args)[1] for name in DEMO}
     if all((folder / "last.pt").exists() for folder in folders.values()):

@@ -30,8 +30,7 @@ def world(tmp_path_factory):
     torch.manual_seed(0)
     save_safetensors(DINOv3(DINOv3Config(64, 2, 64, 128)).state_dict(), root / "encoder.safetensors")
     words = ["--data", root / "photos", "--encoder", root / "encoder.safetensors", "--size", 32,
-             "--steps", 2, 2, "--widths", 32, 32, 16, "--batch", 4, "--out", root / "out",
-             "--results", root / "drawn"]
+             "--steps", 2, 2, "--widths", 32, 32, 16, "--batch", 4, "--out", root / "out"]
     return words, root
 
 
@@ -50,15 +49,15 @@ def test_rows_that_are_there_are_kept_and_the_others_are_added_to_table_and_figu
     words, root = world
     first = run(words, "Freeze", "reg 100")
     assert first.count("$ python train.py") == 2 and first.count("$ python eval.py") == 2
-    kept = (root / "drawn/reg-100-seed0.json").read_bytes()
+    kept = (root / "out/rows/reg-100-seed0.json").read_bytes()
     assert str(root).encode() not in kept                   # a row can be shown to others
 
     second = run(words, "Freeze", "reg 100", "E2E")         # its stage 1 is that of Freeze
     assert second.count("$ python train.py") == 1 and "--reg 0" in second and "--resume" not in second
-    assert (root / "drawn/reg-100-seed0.json").read_bytes() == kept
-    assert [line.split("|")[1].strip() for line in (root / "drawn.md").read_text().splitlines()] == [
+    assert (root / "out/rows/reg-100-seed0.json").read_bytes() == kept
+    assert [line.split("|")[1].strip() for line in (root / "out/rows.md").read_text().splitlines()] == [
         "row", "---", "Freeze", "reg 100", "E2E"]
-    for picture in "drawn.png", "out/demo.png", "out/one.png":
+    for picture in "out/rows.png", "out/demo.png", "out/one.png":
         with Image.open(root / picture) as image:
             image.verify()
 
@@ -73,11 +72,11 @@ def test_rows_of_other_settings_are_not_mixed(world):
 def test_a_row_that_was_interrupted_after_its_training_is_scored_and_a_frozen_encoder_has_not_moved(world):
     words, root = world
     run(words, "Freeze")
-    found = json.loads((root / "drawn/freeze-seed0.json").read_text())
+    found = json.loads((root / "out/rows/freeze-seed0.json").read_text())
     assert found["scores"]["mse/var"] == 0
-    (root / "drawn/freeze-seed0.json").unlink()
+    (root / "out/rows/freeze-seed0.json").unlink()
     assert "train.py" not in run(words, "Freeze")           # `done` stands beside it
-    assert json.loads((root / "drawn/freeze-seed0.json").read_text()) == found
+    assert json.loads((root / "out/rows/freeze-seed0.json").read_text()) == found
 
 
 def test_the_painted_components_are_those_of_numpys_svd():
@@ -100,18 +99,18 @@ def test_the_table_gives_means_and_deviations_over_the_seeds():
 def test_samples_and_losses_of_small_dits_on_the_rows_are_tables_and_a_picture(world):
     words, root = world
     run(words, "Freeze", "E2E")
-    done = call("generation.py", "--runs", root / "out", "--results", root / "samples", "--rows", "Freeze",
-                "E2E", "--steps", 2, 2, "--images", 1, "--seeds", 0)
+    done = call("generation.py", "--runs", root / "out", "--rows", "Freeze", "E2E", "--steps", 2, 2,
+                "--images", 1, "--seeds", 0)
     assert done.returncode == 0, done.stderr
 
-    folder, _, images = (root / "samples.md").read_text().split("\n\n")
+    folder, _, images = (root / "out/generation.md").read_text().split("\n\n")
     record = root / "out/generation/folder/freeze-reg0/0-last/metrics.jsonl"
     scores = json.loads(record.read_text().splitlines()[-1])
     assert folder.splitlines()[3].startswith(f"| E2E | {scores['class_gen']:.1f} |")
     # n is 64: no DiT of these widths is below it, so no latent loss has a floor
     assert [[line.split("|")[i].strip() for i in (1, 4)] for line in images.splitlines()[2:]] == [
         ["v, 96", "0.00"], ["v, 192", "0.00"], ["v, 384", "0.00"], ["x, 96", "0.00"]]
-    with Image.open(root / "samples.png") as picture:
+    with Image.open(root / "out/generation.png") as picture:
         assert picture.size == (110 + 2 * 128, 30 + 2 * 128)
 
 
