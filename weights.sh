@@ -68,7 +68,8 @@ problem() {             # curl's status, HTTP status, URL
         22,404) what="$url does not exist (HTTP 404): check the size, --repo and the mirror's address" ;;
         22,*) what="$url was refused with HTTP $2: try again later or set a mirror, see --help" ;;
         23,*) what="the disk is full or weights/ cannot be written to: make room and $again" ;;
-        5,* | 6,* | 7,*) what="no connection to $host: check the network or set a mirror, see --help" ;;
+        5,* | 6,* | 7,* | 28,000)
+            what="no connection to $host: check the network or set a mirror, see --help" ;;
         35,* | 51,* | 58,* | 60,* | 77,*)
             what="no secure connection to $host (curl error $1): check the clock" ;;
         *) what="the connection to $host broke off again and again (curl error $1): $again" ;;

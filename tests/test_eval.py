@@ -173,10 +173,10 @@ def test_latent_statistics_equal_those_of_all_latents_at_once(photos, checkpoint
     assert got["std_max"] == pytest.approx(std.max().item(), rel=1e-4)
 
 
-def on_ranks(ranks, port, folder, *words):
+def on_ranks(ranks, folder, *words):
     """The JSON of eval.py under torchrun."""
     out = folder / f"{ranks}.json"
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", port,
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks,
              ROOT / "eval.py", *words, "--out", out]
     # torchrun gives each of several ranks one thread; other numbers of threads add in another order
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, cwd=folder,
@@ -187,7 +187,7 @@ def on_ranks(ranks, port, folder, *words):
 
 def test_numbers_do_not_depend_on_ranks_or_workers(photos, checkpoint, stem_file, tmp_path):
     """42 images in batches of 4: neither 11 batches nor 42 images divide by 2 or 3 ranks."""
-    results = [on_ranks(ranks, 29611 + ranks, tmp_path, checkpoint, "--data", photos, "--train", photos,
+    results = [on_ranks(ranks, tmp_path, checkpoint, "--data", photos, "--train", photos,
                         "--size", 32, "--batch", 4, "--workers", ranks % 2, "--skip", "lpips",
                         "--fid-dims", 64, "--inception", stem_file, *CACHED, "--sample",
                         "--latent-noise", 0.3)
@@ -209,7 +209,7 @@ def test_more_ranks_than_images_give_the_same_numbers(photos, codecs, tmp_path):
     (tmp_path / "train").mkdir()
     for name in ("blue", "red"):
         (tmp_path / "train" / name).symlink_to(photos / name)
-    one, three = (on_ranks(ranks, 29621 + ranks, tmp_path, f"{codecs}:Blurred", "--data", tmp_path / "two",
+    one, three = (on_ranks(ranks, tmp_path, f"{codecs}:Blurred", "--data", tmp_path / "two",
                            "--train", tmp_path / "train", "--skip", "fid,lpips", "--probe-iterations", 3,
                            *FAST)
                   for ranks in (1, 3))

@@ -25,6 +25,7 @@ from test_train import ROOT, command, equal, metrics, world, write_images  # noq
 fork = multiprocessing.get_context("forkserver")
 fork.set_forkserver_preload(["train", "test_faults"])
 STEPS = 8
+started = []                    # the processes of the test at hand
 
 
 def rank_process(argv, rank, ranks, port, log, patch):
@@ -52,7 +53,17 @@ def start(argv, log, ranks=1, patch=None):
                  for rank in range(ranks)]
     for p in processes:
         p.start()
+    started.extend(processes)
     return processes
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on_after_its_test():
+    """A test that fails leaves no rank, which would slow the others and keep pytest from its end."""
+    yield
+    for p in started:
+        p.kill()
+    started.clear()
 
 
 def codes(processes):
@@ -175,11 +186,23 @@ def test_what_torchrun_starts_again_goes_on_with_its_own_run_and_takes_over_no_o
 
 # ------------------------------------------------------------------ signals
 
+def held_at_step_2(rank):
+    """The last rank waits there for its signal, which so comes in time on a quick machine."""
+    def held(run, *args, report=train.report):
+        shown = report(run, *args)
+        while run.step == 2 and run.rank == run.world - 1 and not train.signals:
+            time.sleep(0.01)
+        return shown
+
+    train.report = held
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
 def test_a_signal_to_one_rank_saves_and_ends_all_of_them(name, world, uninterrupted, tmp_path):
     ranks, whole = uninterrupted
     out, signum = tmp_path / "run", getattr(signal, name)
-    processes = start(options(world, out, save_every=1000, workers=2), tmp_path / "log", ranks)
+    words = options(world, out, save_every=1000, workers=2)
+    processes = start(words, tmp_path / "log", ranks, patch=held_at_step_2)
     assert wait_for(lambda: steps_logged(out) >= 2, processes)
     os.killpg(processes[-1].pid, signum)                        # its data workers get it, too
     assert codes(processes) == [128 + signum] * ranks, (tmp_path / "log").read_text()
@@ -236,7 +259,7 @@ def test_a_second_signal_ends_a_process_at_once(world, tmp_path):
     process, = start(options(world, tmp_path / "run", data=tmp_path / "images"), tmp_path / "log")
     assert wait_for((tmp_path / "run" / "metrics.jsonl").exists, [process])
     os.kill(process.pid, signal.SIGINT)
-    process.join(2)
+    process.join(3)                                             # a later one counts after a second
     assert process.is_alive()
     os.kill(process.pid, signal.SIGINT)
     assert codes([process]) == [128 + signal.SIGINT]

@@ -40,7 +40,7 @@ class Server(ThreadingHTTPServer):
         self.headers = {}                   # path -> more headers
         self.break_after = []               # the next downloads end after so many bytes, one entry each
         self.no_range = False               # answer 200 with the whole file whatever was asked
-        self.slow = False                   # 20 kB each 50 ms
+        self.slow = False                   # stop after 20 kB
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -74,7 +74,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             for i in range(0, len(body), 20_000):
                 self.wfile.write(body[i:i + 20_000])
-                time.sleep(0.05 * server.slow)
+                while server.slow:
+                    time.sleep(0.01)
         except (BrokenPipeError, ConnectionResetError):     # the client has left
             pass
 
@@ -337,7 +338,7 @@ def test_an_interrupt_leaves_the_partial_file_for_the_next_run(run, server, file
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)                       # what Ctrl-C does: to the whole group
-    said = process.communicate()[1]
+    said = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "resumes" in said
     size = unfinished.stat().st_size
     assert 0 < size < len(BODY) and not file.exists()
