@@ -654,7 +654,7 @@ class SAE(nn.Module):
         return z * std + mean
 
     def latent_statistics(self):
-        """latent_mean and latent_std as [z_dim,1,1]. ValueError while they are NaN; not in a compiled graph."""
+        """latent_mean and latent_std as [z_dim,1,1]. ValueError while they are NaN, if not compiled."""
         require(torch.compiler.is_compiling() or not (self.latent_mean + self.latent_std).isnan().any(),
                 "latent_mean and latent_std are absent: train.py computes them at the last step of a run")
         return self.latent_mean[:, None, None], self.latent_std[:, None, None]
