@@ -491,7 +491,7 @@ def options():
     p.add_argument("--waves", type=float, nargs=2, default=(1, 2), metavar=("LEAST", "MOST"),
                    help="how often stripes repeat in the width of a drawn image")
     p.add_argument("--batch", type=int, default=8)
-    p.add_argument("--steps", nargs=2, default=("300", "1400"), help="of stage 1 and stage 2")
+    p.add_argument("--steps", nargs=2, default=("300", "1300"), help="of stage 1 and stage 2")
     p.add_argument("--lr", nargs=2, default=("1e-3", "5e-4"), help="of decoder and encoder")
     # Odd multiples of 8 have two groups to a GroupNorm (sae.py: groups). With many, each takes the mean of a
     # few channels out of each image, and the decoder learns colours late.
