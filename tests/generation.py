@@ -23,7 +23,6 @@ import statistics
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from miniature import ROWS, draw_rows, markdown, mean_and_spread, result_file, row_folders, run, side_by_side
@@ -148,11 +147,10 @@ def main():
     args.out = args.runs / "generation"
     args.settings = json.loads((args.runs / "settings.json").read_bytes())
 
-    made = SimpleNamespace(out=args.runs)       # what the functions of miniature.py read of its options
-    missing = [row for row in args.rows if not result_file(row, 0, made).exists()]
+    missing = [row for row in args.rows if not result_file(row, 0, args.runs).exists()]
     if missing:
         sys.exit(f"{args.runs} has no finished {', '.join(missing)} of seed 0: tests/miniature.py makes them")
-    models = {row: row_folders(row, 0, made)[1] for row in args.rows}
+    models = {row: row_folders(row, 0, args.runs)[1] for row in args.rows}
     text = folder_table(from_folder(models, args))
     if args.images:
         text += CAPTION + image_table(from_images(models, args))

@@ -255,21 +255,21 @@ def train(folder, stage, name, seed, args, paths, *options):
         "--save-every", "500", "--workers", "1", *options, "--out", str(folder), *resume)
 
 
-def row_folders(name, seed, args):
+def row_folders(name, seed, out):
     """(folder of its stage 1, which rows share; folder of the row's own run)."""
     stage1, reg = ROWS[name]
     label = "vae" if name == "VAE" else "-".join(word.strip("-") for word in stage1) or "freeze"
-    first = args.out / f"seed{seed}" / label.lower()
+    first = out / f"seed{seed}" / label.lower()
     return first, first if reg is None else first.with_name(f"{first.name}-reg{reg}")
 
 
-def result_file(name, seed, args):
+def result_file(name, seed, out):
     """The JSON of a row that is done."""
-    return args.out / "rows" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-seed{seed}.json"
+    return out / "rows" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-seed{seed}.json"
 
 
 def train_stage1(name, seed, args, paths):
-    (stage1, _), (first, _) = ROWS[name], row_folders(name, seed, args)
+    (stage1, _), (first, _) = ROWS[name], row_folders(name, seed, args.out)
     words = {"QUARTER": str(paths["width"] // 4), "ALL": str(sum(map(int, args.steps)))}
     stage1 = [words.get(option, option) for option in stage1]
     if not (first / "done").exists():
@@ -280,13 +280,14 @@ def train_stage1(name, seed, args, paths):
 
 def make_row(name, seed, args, paths):
     """Stage 2, unless the row has none, and its scores -> the row's JSON file."""
-    (_, reg), (first, folder) = ROWS[name], row_folders(name, seed, args)
+    (_, reg), (first, folder) = ROWS[name], row_folders(name, seed, args.out)
     if reg is not None:
         train(folder, "2", name, seed, args, paths, "--steps", args.steps[1], "--reg", reg,
               "--init", str(first / "last.pt"), "--encoder-lr", args.lr[1])
     row = {"row": name, "seed": seed, "scores": score_row(folder, args, paths),
            "settings": portable(args.settings), "torch": torch.__version__}
-    write(result_file(name, seed, args), lambda file: file.write(json.dumps(row, indent=1).encode() + b"\n"))
+    text = json.dumps(row, indent=1).encode() + b"\n"
+    write(result_file(name, seed, args.out), lambda file: file.write(text))
 
 
 def score_row(folder, args, paths):
@@ -564,12 +565,12 @@ def main():
     (args.out / "rows").mkdir(parents=True, exist_ok=True)
     args.settings = check_settings(args)
     wanted = [(name, seed) for seed, name in itertools.product(args.seeds, args.rows)
-              if not result_file(name, seed, args).exists()
+              if not result_file(name, seed, args.out).exists()
               and not (name in ONE_SEED and seed != args.seeds[0])]
 
     if wanted:
         paths = prepare(args)
-        first = {row_folders(*row, args)[0]: row for row in wanted}         # one stage 1 serves many rows
+        first = {row_folders(*row, args.out)[0]: row for row in wanted}         # one stage 1 serves many rows
         side_by_side(args.jobs, [partial(train_stage1, *row, args, paths) for row in first.values()])
         side_by_side(args.jobs, [partial(make_row, *row, args, paths) for row in wanted])
 
@@ -577,7 +578,7 @@ def main():
     write(args.out / "rows.md", lambda file: file.write(table(rows).encode()))
     draw_figure(rows, args.out / "rows.png")
     print("\n" + table(rows))
-    folders = {name: row_folders(name, args.seeds[0], args)[1] for name in DEMO}
+    folders = {name: row_folders(name, args.seeds[0], args.out)[1] for name in DEMO}
     if all((folder / "last.pt").exists() for folder in folders.values()):
         paths = paths or prepare(args)
         draw_runs(folders, paths, args.size, args.out / "demo.png", args.out / "one.png")

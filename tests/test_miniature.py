@@ -1,5 +1,6 @@
 """The miniature: rows are kept, the table is of their numbers, and it goes on where it was interrupted."""
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -36,7 +37,8 @@ def world(tmp_path_factory):
 
 def call(script, *words):
     command = [sys.executable, ROOT / "tests" / script, *words]
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}             # other numbers of threads add in another order
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, env=env)
 
 
 def run(words, *rows):
@@ -71,14 +73,12 @@ def test_rows_of_other_settings_are_not_mixed(world):
 
 def test_a_row_that_was_interrupted_after_its_training_is_scored_and_a_frozen_encoder_has_not_moved(world):
     words, root = world
-    both, file = ("Freeze", "reg 100"), root / "out/rows/freeze-seed0.json"
-    run(words, *both)
-    found = json.loads(file.read_text())
+    run(words, "Freeze")
+    found = json.loads((root / "out/rows/freeze-seed0.json").read_text())
     assert found["scores"]["mse/var"] == 0
-    for name in both:                                       # both again: by one thread each, as before
-        (root / f"out/rows/{name.lower().replace(' ', '-')}-seed0.json").unlink()
-    assert "--stage 1" not in run(words, *both)             # `done` stands beside it
-    assert json.loads(file.read_text()) == found
+    (root / "out/rows/freeze-seed0.json").unlink()
+    assert "train.py" not in run(words, "Freeze")           # `done` stands beside it
+    assert json.loads((root / "out/rows/freeze-seed0.json").read_text()) == found
 
 
 def test_the_painted_components_are_those_of_numpys_svd():

@@ -347,7 +347,7 @@ def test_nothing_is_read_before_use(tmp_path):
     tensors = load_safetensors(tmp_path / "x")
     assert resident() - start < size / 8
     assert tensors["a"].sum() == size // 4
-    assert resident() - start > size / 2
+    assert resident() - start > size * 7 / 8
 
 
 def test_tensors_can_be_written_to_and_the_file_and_their_neighbours_do_not_change(tmp_path):

@@ -95,12 +95,6 @@ def setup_py(tmp_path, *command, **env):
                           capture_output=True, text=True)
 
 
-def said(run):
-    """The lines of setup.py itself; setuptools may warn of something beside them."""
-    assert "Traceback" not in run.stderr
-    return [line for line in run.stderr.splitlines() if line.startswith("setup.py: ")]
-
-
 def test_setup_says_when_there_is_no_compiler(tmp_path):
     run = setup_py(tmp_path, "--name", PATH=str(tmp_path))
     assert run.returncode == 0 and "no C++ compiler: the reference ops serve" in run.stderr
@@ -112,7 +106,7 @@ def test_a_compiler_without_cpp20_is_no_reason_to_fail(tmp_path):
     old.chmod(0o755)
     run = setup_py(tmp_path, CXX=str(old))
     assert run.returncode == 0, run.stderr
-    assert said(run) == [f"setup.py: {old} does not compile C++20: the reference ops serve"]
+    assert run.stderr == f"setup.py: {old} does not compile C++20: the reference ops serve\n"
     assert not (tmp_path / "lib").exists()
 
 
@@ -121,9 +115,9 @@ def test_a_compiler_without_cpp20_is_no_reason_to_fail(tmp_path):
 def test_under_build_isolation_one_sentence_gives_the_right_command(tmp_path, missing):
     (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError('none here', name='{missing}')")
     run = setup_py(tmp_path, PYTHONPATH=str(tmp_path))
-    line, = said(run)
-    assert run.returncode and line.startswith(f"setup.py: no {missing} to build with: ")
-    assert "`pip install --no-build-isolation -e .`" in line
+    assert run.returncode and run.stderr.count("\n") == 1
+    assert run.stderr.startswith(f"setup.py: no {missing} to build with: ")
+    assert "`pip install --no-build-isolation -e .`" in run.stderr
 
 
 @needs_compiler
